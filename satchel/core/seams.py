@@ -1,0 +1,133 @@
+"""The seams: abstract classes that the rooms fill and the loops call. Torch appears in annotations only.
+
+A method is a frozen dataclass whose fields are its knobs. One that changes while it runs makes a state object
+(a module, an optimizer, a cache) and keeps nothing itself. At most four abstract methods a seam.
+
+Shapes: B batch, T tokens, N tokens of a flattened batch, D width, I inputs and O outputs of a linear map, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from satchel.core.card import Card
+from satchel.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["Activations", "Adapter", "Card", "Method", "Objective", "OptimizerMethod", "Schedule", "WeightFormat"]
+
+
+class Method(ABC):
+    """What every method shares: a card, a slot, a name, and a spelling that parses back."""
+
+    card: ClassVar[Card]
+    slot: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The file's stem, which is the method's name everywhere."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def knobs(self) -> dict[str, Any]:
+        """Knob name to value, in the order of declaration."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """`lora:rank=16,alpha=32`: the name and the knobs that differ from their defaults."""
+        changed = [
+            f"{f.name}={_spell(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def require(self, holds: bool, complaint: str) -> None:
+        """Refuse a knob's value: `galore: rank=0 is below 1; 128 suits a width of 576`. Raises UserError."""
+        if not holds:
+            raise UserError(f"{self.name}: {complaint}")
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class WeightFormat(Method):
+    """How the matrix of a frozen linear map is stored."""
+
+    slot = "format"
+
+    @abstractmethod
+    def pack(self, weight_OI: Tensor) -> nn.Module:
+        """A module that maps x_BTI to y_BTO in x's dtype, differentiable in x, and whose `dense()` gives weight_OI.
+
+        Its storage lies in buffers, so that `.to(device)`, state dicts and the rehearsal see it.
+        """
+
+
+class Adapter(Method):
+    """What is added to a linear map. The base stays frozen."""
+
+    slot = "adapter"
+
+    @abstractmethod
+    def attach(self, path: str, base: nn.Module, rng: torch.Generator | None) -> nn.Module:
+        """The module of one adapted map: its `forward(x_BTI, y_BTO)` turns the base's output y into the adapted one.
+
+        `base` has `in_features`, `out_features` and `dense()`, and may be stored in any format; the module keeps no
+        registered reference to it. At birth the adapted output equals the base's.
+        """
+
+    @abstractmethod
+    def delta(self, module: nn.Module, base: nn.Module) -> Tensor | None:
+        """What merging adds to the base's dense matrix, [O, I] in float32; None if the adapter cannot be merged."""
+
+
+class OptimizerMethod(Method):
+    """Turns named parameters into a torch optimizer. Learning rate is set on its groups by the trainer, every step."""
+
+    slot = "optimizer"
+
+    @abstractmethod
+    def build(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int
+    ) -> torch.optim.Optimizer:
+        """An optimizer over the parameters. All of its state lies in `state_dict()`; `seed` starts its randomness."""
+
+
+class Schedule(Method):
+    """How the learning rate moves over a run."""
+
+    slot = "schedule"
+
+    @abstractmethod
+    def at(self, step: int, steps: int) -> float:
+        """The factor on the peak learning rate, for step `step` (from 0) of `steps`; in [0, 1]."""
+
+
+class Activations(Method):
+    """What the forward pass keeps for the backward pass."""
+
+    slot = "activations"
+
+    @abstractmethod
+    def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
+        """The callable that runs block `index` of `depth` in its place; called as the block is, x_BTD first."""
+
+
+class Objective(Method):
+    """What the run minimises."""
+
+    slot = "objective"
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any, rng: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the loss over the batch's `targets` (the trainer divides by their number over the whole optimizer
+        step), and sums to report beside it. Makes no host copy of any tensor: it must run on fake tensors too."""
