@@ -1,0 +1,160 @@
+"""The book of methods: the folder is the registry, the file's stem is the name, the seam is the slot.
+
+Files are read with `ast`, never imported, until a method is made. A room is any folder of the package that is not part
+of the house itself; a file whose name starts with `_` is no method.
+"""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from satchel.core import seams
+from satchel.core.card import Card
+from satchel.core.errors import SatchelError, UnknownName
+from satchel.core.knobs import Knob, parse_knobs, read_knobs
+
+PACKAGE = Path(__file__).parent.parent
+HOUSE = ("core", "model", "run", "cli", "native", "studies")  # folders that hold no methods
+OPTIONAL = ("adapter", "format", "activations")  # slots that may stay empty, spelled `none`
+SLOTS = {s.__name__: s.slot for s in vars(seams).values() if isinstance(s, type) and hasattr(s, "slot")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One method, as its file says without being imported."""
+
+    slot: str
+    name: str
+    room: str
+    lineage: tuple[tuple[Path, str], ...]  # (file, class) from just below the seam down to the method
+    card: Card
+    doc: str  # the file's docstring
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.doc.partition("\n")[0]
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """The method's knobs, those that it inherits from another method first."""
+        return tuple({knob.name: knob for path, name in self.lineage for knob in read_knobs(path, name)}.values())
+
+    @property
+    def path(self) -> Path:
+        """The method's file."""
+        return PACKAGE / self.room / f"{self.name}.py"
+
+    def load(self) -> type[seams.Method]:
+        """Import the file and give the method's class."""
+        return getattr(importlib.import_module(f"satchel.{self.room}.{self.name}"), self.lineage[-1][1])
+
+
+def entries() -> list[Entry]:
+    """All methods, ordered by slot and name."""
+    paths = (path for room in rooms() for path in _method_files(room))
+    return sorted(filter(None, map(_read, paths)), key=lambda entry: (entry.slot, entry.name))
+
+
+def rooms() -> list[Path]:
+    """The folders that hold methods."""
+    folders = (path for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+    return sorted(path for path in folders if path.name not in HOUSE)
+
+
+def slots() -> list[str]:
+    """The slots that a job fills, in the order of the seams."""
+    return list(SLOTS.values())
+
+
+def find(slot: str, name: str) -> Entry:
+    """The entry of one method. Raises UnknownName with the nearest name in the slot."""
+    candidates = (_read(path) for room in rooms() for path in _method_files(room) if path.stem == name)
+    for entry in candidates:
+        if entry and entry.slot == slot:
+            return entry
+    if slot not in SLOTS.values():
+        raise UnknownName("slot", slot, SLOTS.values())
+    known = [entry.name for entry in entries() if entry.slot == slot]
+    raise UnknownName(slot, name, known + ["none"] * (slot in OPTIONAL))
+
+
+def check(slot: str, spelling: str) -> None:
+    """Refuse a spelling such as `galore:rnak=64` without importing anything. Raises UserError."""
+    _parse(slot, spelling)
+
+
+def make(slot: str, spelling: str) -> seams.Method | None:
+    """The method that `galore:rank=64` spells; None for `none` in a slot that may stay empty.
+
+    Imports that one file. Raises UnknownName for a method or knob that does not exist, UserError for a bad value.
+    """
+    parsed = _parse(slot, spelling)
+    if parsed is None:
+        return None
+    entry, values = parsed
+    return entry.load()(**values)
+
+
+def _parse(slot: str, spelling: str) -> tuple[Entry, dict] | None:
+    name, _, knobs = spelling.strip().partition(":")
+    if name == "none" and slot in OPTIONAL and not knobs:
+        return None
+    entry = find(slot, name)
+    return entry, parse_knobs(knobs, entry.knobs, name)
+
+
+def _method_files(room: Path) -> Iterator[Path]:
+    return (path for path in sorted(room.glob("*.py")) if not path.stem.startswith("_"))
+
+
+def _read(path: Path) -> Entry | None:
+    """The entry of a file; None if no class in it has a card and derives from a seam."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        card = _card(node, path) if isinstance(node, ast.ClassDef) else None
+        if card is None:
+            continue
+        *own, (_, seam) = _lineage(path, tree, node.name)
+        if seam in SLOTS:
+            doc = ast.get_docstring(tree) or ""
+            lineage = tuple(reversed(own))
+            return Entry(slot=SLOTS[seam], name=path.stem, room=path.parent.name, lineage=lineage, card=card, doc=doc)
+    return None
+
+
+def _card(node: ast.ClassDef, path: Path) -> Card | None:
+    for statement in node.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="card")], value=ast.Call(keywords=keywords)):
+                try:
+                    return Card(**{str(k.arg): ast.literal_eval(k.value) for k in keywords})
+                except (TypeError, ValueError) as fault:
+                    raise SatchelError(f"{path}: the card is not a literal Card: {fault}") from None
+    return None
+
+
+def _lineage(path: Path, tree: ast.Module, class_name: str) -> Iterator[tuple[Path, str]]:
+    """(file, class name) from a class up its first bases; the last one is the seam, or whatever stands outside."""
+    while class_name not in SLOTS:
+        yield path, class_name
+        classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+        bases = classes[class_name].bases if class_name in classes else []
+        class_name = ast.unparse(bases[0]).rpartition(".")[2] if bases else "object"
+        if class_name in SLOTS or class_name in classes:
+            continue
+        path = _imported_from(tree, class_name)
+        if not path.exists():
+            break
+        tree = ast.parse(path.read_text())
+    yield path, class_name
+
+
+def _imported_from(tree: ast.Module, name: str) -> Path:
+    """The file of our package that `name` is imported from; a path that does not exist if it is not ours."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
+            return PACKAGE.parent / Path(*node.module.split(".")).with_suffix(".py")
+    return PACKAGE / "nowhere"

@@ -1,0 +1,67 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from satchel.core.errors import UserError
+from satchel.core.units import format_bytes, format_seconds, parse_bytes, parse_seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.5GiB", 3 * 2**29), ("800 MB", 800_000_000), ("4096b", 4096), (".5kib", 512), (" 2TiB ", 2**41)],
+)
+def test_bytes_are_read_in_binary_and_decimal_units(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1.5", "GiB", "-1GiB", "1e3MiB", "nanGiB", "1.5GiBs", "1,5GiB", "0GiB", "0.2B", "50ms"]
+)
+def test_nonsense_is_no_amount_of_memory(text):
+    with pytest.raises(UserError):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(("text", "cure"), [("2g", "2GiB"), ("1.5", "1.5GiB"), ("512M", "512MiB"), ("lots", "1.5GiB")])
+def test_a_missing_unit_is_answered_with_the_likeliest(text, cure):
+    with pytest.raises(UserError, match=f"such as {cure}$"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10min", 600), ("50ms", 0.05), ("1h30min", 5400), ("2 h 05 min", 7500), ("1.5d", 129600)]
+)
+def test_seconds_are_read_alone_and_compound(text, seconds):
+    assert parse_seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "10", "min", "-3s", "1m", "10min!", "0s", "1GiB", "1h-30min"])
+def test_nonsense_is_no_length_of_time(text):
+    with pytest.raises(UserError):
+        parse_seconds(text)
+
+
+@given(st.integers(1, 2**50))
+def test_printed_bytes_are_read_back_within_half_a_percent(count):
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.006)
+
+
+@given(st.floats(2e-6, 1e6))
+def test_printed_seconds_are_read_back_within_a_few_percent(seconds):
+    assert parse_seconds(format_seconds(seconds)) == pytest.approx(seconds, rel=0.26 if seconds < 1e-5 else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (2**20, "1.00 MiB"), (1610612736, "1.50 GiB"), (663748608, "633 MiB")],
+)
+def test_bytes_print_three_digits(count, text):
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.85, "850 ms"), (12.34, "12.3 s"), (200, "3 min 20 s"), (3900, "1 h 05 min"), (59.97, "1 min 00 s")],
+)
+def test_seconds_print_two_units_at_most(seconds, text):
+    assert format_seconds(seconds) == text
