@@ -1,0 +1,107 @@
+"""The safetensors container: 8 bytes of header length, a JSON header, the tensors' bytes.
+
+Our own, so that a load can be mapped piece by piece and give its pages back, and a save can stream tensors that it
+makes one at a time. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from satchel.core.errors import ModelError
+from satchel.model.encodings import PLAIN
+from satchel.model.stored import Stored
+
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+SPELLED = {dtype: name for name, dtype in PLAIN.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, by name. ModelError if it is cut off, damaged, or holds a type that we cannot read."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER or 8 + length > size:
+            raise ModelError(f"{path}: header of {length} bytes in a file of {size}: no safetensors file, or cut off")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            return {name: _stored(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path}: the safetensors header is damaged ({error!r}); fetch the file again") from error
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> Stored:
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in PLAIN:
+        raise ModelError(f"{path}: tensor '{name}' is stored as {dtype}; we read {', '.join(PLAIN)}")
+    if not 0 <= start <= end or base + end > size:
+        raise ModelError(f"{path}: tensor '{name}' ends at byte {base + end} of {size}: cut off; fetch the file again")
+    if end - start != math.prod(shape) * PLAIN[dtype].itemsize:
+        raise ModelError(f"{path}: tensor '{name}' has {end - start} bytes for {dtype} {list(shape)}: damaged")
+    return Stored(name, shape, dtype, path, base + start)
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """The tensors of a Hugging Face folder: `model.safetensors`, or the shards that its index names."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        return _read_shards(folder, index)
+    if single.exists():
+        return read_safetensors(single)
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    why = f" ({others[0]} is a pickle, which may run code: convert it to safetensors)" if others else ""
+    raise ModelError(f"{folder}: no weights: neither model.safetensors nor its index{why}")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: no 'weight_map' of tensor names to files; fetch it again") from error
+    outside = [name for name in files if Path(name).name != name]
+    absent = [name for name in files if not (folder / name).exists()]
+    if outside or absent:
+        raise ModelError(
+            f"{folder}: {len(outside + absent)} shard(s) missing, first {(outside + absent)[0]}; fetch them"
+        )
+    tensors: dict[str, Stored] = {}
+    for name in files:
+        tensors |= read_safetensors(folder / name)
+    return tensors
+
+
+def header_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
+    """The first bytes of a file that holds these tensors in this order, each (name, shape, dtype)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in entries:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SPELLED[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype, Iterator[Tensor]]]) -> int:
+    """Write a file whose tensors arrive as (name, shape, dtype, pieces in order); flushed to the disk; its bytes."""
+    tensors = list(tensors)
+    with open(path, "wb") as file:
+        file.write(header_of((name, shape, dtype) for name, shape, dtype, _ in tensors))
+        for _, _, _, pieces in tensors:
+            for piece in pieces:
+                _write(file, piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _write(file: BinaryIO, piece: Tensor) -> None:
+    plain = piece.detach().to("cpu").contiguous()
+    file.write(memoryview(plain.view(-1).view(torch.uint8).numpy()))
