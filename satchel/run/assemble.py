@@ -1,0 +1,59 @@
+"""From a job and a decoder to all that an optimizer step needs. Nothing here depends on tensors' values, so that the
+rehearsal assembles fake models by the same code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from satchel.core.book import make
+from satchel.core.job import TuneJob
+from satchel.core.seams import Adapter, Objective, Schedule
+from satchel.model.decoder import Decoder
+from satchel.model.linear import attach
+
+LR_ADAPTER, LR_FULL = 1e-3, 1e-4  # peak learning rates of a job that names none
+
+
+@dataclass
+class Assembly:
+    """A model that is ready to train, and what trains it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    schedule: Schedule
+    parameters: list[tuple[str, nn.Parameter]]  # those that train, by name
+    lr: float  # peak learning rate
+    clip: float  # largest gradient norm; 0 turns clipping off
+    adapter: Adapter | None = None
+    rng: torch.Generator | None = None  # the objective's randomness
+
+
+def assemble(job: TuneJob, decoder: Decoder) -> Assembly:
+    """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
+
+    Raises UserError if a method or knob is unknown, or nothing would train.
+    """
+    rng = torch.Generator().manual_seed(job.seed)
+    adapter = make("adapter", job.adapter)
+    if adapter is not None:
+        decoder.requires_grad_(False)
+        attach(decoder, adapter, rng)
+    decoder.wrap_blocks(make("activations", job.activations))
+    decoder.train()
+    parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
+    lr = job.lr or (LR_FULL if adapter is None else LR_ADAPTER)
+    return Assembly(
+        model=decoder,
+        optimizer=make("optimizer", job.optimizer).build(parameters, lr, job.seed),
+        objective=make("objective", job.objective),
+        schedule=make("schedule", job.schedule),
+        parameters=parameters,
+        lr=lr,
+        clip=job.clip,
+        adapter=adapter,
+        rng=rng,
+    )
