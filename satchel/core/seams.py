@@ -79,10 +79,11 @@ class Adapter(Method):
 
     @abstractmethod
     def attach(self, path: str, base: nn.Module, rng: torch.Generator | None) -> nn.Module:
-        """The module of one adapted map: its `forward(x_BTI, y_BTO)` turns the base's output y into the adapted one.
+        """The module of one adapted map: its `forward(x_NI, base)` gives y_NO, calling `base` on x on the way.
 
-        `base` has `in_features`, `out_features` and `dense()`, and may be stored in any format; the module keeps no
-        registered reference to it. At birth the adapted output equals the base's.
+        It may change x before and y after, and write into y in place. `base` here has `in_features`, `out_features`
+        and `dense()`, and may be stored in any format; the module keeps no registered reference to it. At birth the
+        adapted output equals the base's.
         """
 
     @abstractmethod

@@ -1,0 +1,90 @@
+"""Linear maps by path, and what stands in their place: dense, packed or adapted, behind one protocol.
+
+A linear map is an `nn.Linear`, transformers' `Conv1D` (its weight is stored [I, O]), or any module with `in_features`,
+`out_features` and `dense()`, such as the packed formats. Everything here takes any `nn.Module` that holds such maps.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from satchel.core.errors import ModelError, UnknownName
+
+# N tokens, I inputs, O outputs
+
+HEADS = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear map. Raises ModelError for any other module."""
+    if _is_conv1d(module):
+        return tuple(module.weight.shape)
+    if is_linear(module):
+        return module.in_features, module.out_features
+    raise ModelError(f"{type(module).__name__} is no linear map; it has no dense(), in_features and out_features")
+
+
+def dense_OI(module: nn.Module) -> Tensor:
+    """The matrix of a linear map, [O, I]: a view of it where it is stored so, else made anew. Raises ModelError."""
+    features(module)
+    if hasattr(module, "dense"):
+        return module.dense()
+    return module.weight.detach().T if _is_conv1d(module) else module.weight.detach()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can go around the module."""
+    packed = all(hasattr(module, name) for name in ("dense", "in_features", "out_features"))
+    return packed or isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def swap(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put `module` at `path` ('model.layers.0.mlp.up_proj') and return the one that was there."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    old = getattr(owner, name)
+    setattr(owner, name, module)
+    return old
+
+
+def linears(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Linear maps by path, in the model's order.
+
+    A target is a path, the end of one ('q_proj', 'self_attn.q_proj'), or a shell pattern over the whole path
+    ('model.layers.[0-3].*'). Without targets: all but the model's head and the routers of sparse blocks.
+    Raises UnknownName for a target that matches nothing.
+    """
+    found = dict(_walk(model, "", set()))
+    if not targets:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return {path: m for path, m in found.items() if m is not head and _last(path) not in HEADS | ROUTERS}
+    for target in targets:
+        if not any(_matches(path, target) for path in found):
+            raise UnknownName("linear map", target, {_last(path) for path in found}, where="targets")
+    return {path: m for path, m in found.items() if any(_matches(path, target) for target in targets)}
+
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if child in seen:
+            continue
+        seen.add(child)
+        here = f"{path}.{name}" if path else name
+        if is_linear(child):
+            yield here, child
+        else:
+            yield from _walk(child, here, seen)
+
+
+def _matches(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None and module.weight.ndim == 2
