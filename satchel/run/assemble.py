@@ -11,8 +11,8 @@ from torch import nn
 from satchel.core.book import make
 from satchel.core.job import TuneJob
 from satchel.core.seams import Adapter, Objective, Schedule
+from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
-from satchel.model.linear import attach
 
 LR_ADAPTER, LR_FULL = 1e-3, 1e-4  # peak learning rates of a job that names none
 
