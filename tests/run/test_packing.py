@@ -1,0 +1,93 @@
+"""Rows hold every target once, are well filled, and come in an order that seed and step alone decide."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from satchel.model.batch import IGNORE
+from satchel.run.data import Corpus
+from satchel.run.packing import best_fit, pack
+
+
+def corpus(lengths, learnt=None):
+    tokens = np.arange(sum(lengths), dtype=np.int32)
+    learnt = np.ones(len(tokens), dtype=bool) if learnt is None else learnt
+    return Corpus(tokens, learnt, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), "text")
+
+
+def everything(lengths, context, packing=True):
+    documents = corpus(lengths)
+    return pack(documents, np.arange(len(lengths)), context, packing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=40), st.integers(2, 17), st.booleans())
+def test_every_token_is_fed_and_predicted_once(lengths, context, packing):
+    rows = everything(lengths, context, packing)
+    batch = rows.batch(range(len(rows)))
+    ends = np.cumsum(lengths) - 1
+    fed = np.setdiff1d(np.arange(sum(lengths)), ends)
+    assert sorted(batch.tokens_1N[0].tolist()) == fed.tolist()
+    assert (batch.targets_1N == batch.tokens_1N + 1).all()  # tokens count up, so the next one is one more
+    assert sum(batch.lengths) == batch.tokens_1N.shape[1] == rows.tokens and batch.count == len(fed)
+    assert all(sum(rows.batch([r]).lengths) <= context for r in range(len(rows)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
+def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths):
+    rows = best_fit(np.array(lengths), 64)
+    assert sorted(p for row in rows for p in row) == list(range(len(lengths)))
+    filled = sorted(sum(lengths[p] for p in row) for row in rows)
+    assert filled[-1] <= 64 and (len(rows) == 1 or filled[0] + filled[1] > 64)
+
+
+def test_packing_fills_rows_and_without_it_each_row_is_one_document():
+    lengths = np.random.default_rng(0).integers(2, 64, size=300).tolist()
+    packed, single = everything(lengths, 64), everything(lengths, 64, packing=False)
+    assert packed.tokens == single.tokens and len(single) == 300
+    assert packed.tokens / (64 * len(packed)) > 0.97
+    assert all(len(single.batch([r]).lengths) == 1 for r in range(300))
+
+
+def test_only_learnt_tokens_are_targets():
+    learnt = np.array([0, 0, 1, 1, 0, 1], dtype=bool)
+    rows = pack(corpus([4, 2], learnt), np.arange(2), 8)
+    batch = rows.batch([0])
+    assert batch.lengths == (3, 1) and batch.count == 3
+    assert batch.targets_1N.tolist() == [[IGNORE, 2, 3, 5]]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 25])
+def test_each_epoch_sees_every_row_once_in_its_own_order(batch):
+    rows = everything([9] * 20, 8)
+    total = 3 * len(rows)
+    steps = rows.steps(batch, 3)
+    stream = np.concatenate([rows.step_rows(s, batch, 5, total) for s in range(steps)])
+    epochs = stream.reshape(3, len(rows))
+    assert all(sorted(epoch) == list(range(len(rows))) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+    assert len(rows.step_rows(steps, batch, 5, total)) == 0
+
+
+def test_the_order_is_a_function_of_seed_and_step():
+    rows = everything([9] * 50, 8)
+    assert (rows.step_rows(7, 4, 1, 200) == rows.step_rows(7, 4, 1, 200)).all()
+    assert (rows.step_rows(7, 4, 1, 200) != rows.step_rows(7, 4, 2, 200)).any()
+
+
+def test_half_an_epoch_is_half_of_the_rows():
+    rows = everything([9] * 40, 8)
+    assert rows.steps(8, 0.5) == 3 and rows.steps(8, 0.1) == 1 and rows.steps(40, 1) == 1
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
+def test_micro_batches_hold_the_rows_of_the_whole_step(micro_batch):
+    rows = everything(np.random.default_rng(1).integers(2, 30, size=60).tolist(), 16)
+    chosen = rows.step_rows(0, 8, 0, 1000)
+    parts = rows.batches(chosen, micro_batch)
+    whole = rows.batch(chosen)
+    assert sum((part.lengths for part in parts), ()) == whole.lengths
+    assert np.concatenate([p.tokens_1N[0] for p in parts]).tolist() == whole.tokens_1N[0].tolist()
+    assert sum(part.count for part in parts) == whole.count
