@@ -1,0 +1,69 @@
+"""Self-attention of every family: projections, norms of queries and keys, rotary positions, attention, output."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from satchel.model.attend import attend, attend_documents
+from satchel.model.cache import Cache
+from satchel.model.config import ModelConfig
+from satchel.model.empty import Linear
+from satchel.model.functional import rotate
+from satchel.model.norm import make_norm
+from satchel.model.rope import Rope
+
+# B batch, T tokens, D width, H query heads, K key heads, E head dim
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the tokens of one call stand; the same for all layers."""
+
+    tables: dict[Rope | None, tuple[Tensor, Tensor]]  # cosines and sines, [T, R/2]
+    lengths: tuple[int, ...] | None = None  # of the documents in the row
+    cache: Cache | None = None  # what came before
+
+
+class Attention(nn.Module):
+    """Causal self-attention of layer `index`."""
+
+    def __init__(self, config: ModelConfig, index: int, **at: object) -> None:
+        super().__init__()
+        kind, dim = config.layer_kinds[index], config.head_dim
+        self.index, self.dim, self.rope, self.clip = index, dim, kind.rope, config.clip_qkv
+        self.how = {"scale": config.scale_of(index), "window": kind.window, "cap": config.attention_softcap}
+        self.q_proj = Linear(config.width, config.heads * dim, config.qkv_bias, **at)
+        self.k_proj = Linear(config.width, config.kv_heads * dim, config.qkv_bias, **at)
+        self.v_proj = Linear(config.width, config.kv_heads * dim, config.qkv_bias, **at)
+        self.o_proj = Linear(config.heads * dim, config.width, config.out_bias, **at)
+        self.norm_heads = config.qk_norm == "head"
+        if config.qk_norm:
+            wide = (dim, dim) if self.norm_heads else (config.heads * dim, config.kv_heads * dim)
+            self.q_norm, self.k_norm = (make_norm(config, width, **at) for width in wide)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x_BTD: Tensor, place: Place) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        q_BTHE = self._turned(self._heads(self.q_proj(x_BTD), self.q_norm), place)
+        k_BSKE = self._turned(self._heads(self.k_proj(x_BTD), self.k_norm), place)
+        v_BSKE = self._heads(self.v_proj(x_BTD), None)
+        if place.cache is not None:
+            k_BSKE, v_BSKE = place.cache.layers[self.index].append(k_BSKE, v_BSKE)
+        if place.lengths is None:
+            out_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, **self.how)
+        else:
+            out_BTHE = attend_documents(q_BTHE, k_BSKE, v_BSKE, place.lengths, **self.how)
+        return self.o_proj(out_BTHE.flatten(2))
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """[B, T, heads * E] to [B, T, heads, E], normalised over each head or over all at once."""
+        if norm is not None and not self.norm_heads:
+            x = norm(x)
+        if self.clip is not None:
+            x = x.clamp(-self.clip, self.clip)
+        x = x.unflatten(-1, (-1, self.dim))
+        return norm(x) if norm is not None and self.norm_heads else x
+
+    def _turned(self, x_BTHE: Tensor, place: Place) -> Tensor:
+        return x_BTHE if self.rope is None else rotate(x_BTHE, *place.tables[self.rope])

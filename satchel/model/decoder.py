@@ -1,0 +1,156 @@
+"""The decoder: one model for every family, read from its configuration.
+
+    tokens -> embedding -> blocks -> norm -> head -> logits
+
+Parameters bear Hugging Face's names for Llama whatever the family; `names.py` translates. Nothing here draws random
+numbers or copies to the host, so that a decoder of any size builds and runs on fake and meta tensors.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from satchel.core.errors import ModelError
+from satchel.model.attention import Place
+from satchel.model.block import Block
+from satchel.model.cache import Cache
+from satchel.model.config import ModelConfig
+from satchel.model.empty import Embedding, Linear
+from satchel.model.norm import make_norm
+from satchel.model.rope import rope_tables
+
+if TYPE_CHECKING:
+    from satchel.core.seams import Activations
+
+# B batch, T tokens, N tokens of one row of documents, D width, V vocabulary
+
+
+class Trunk(nn.Module):
+    """What lies below the head. It holds the modules; `Decoder` runs them."""
+
+    def __init__(self, config: ModelConfig, **at: object) -> None:
+        super().__init__()
+        embed = config.embed_width or config.width
+        self.embed_tokens = Embedding(config.vocab, embed, **at)
+        self.embed_positions = (
+            Embedding(config.learned_positions, config.width, **at) if config.learned_positions else None
+        )
+        self.project_in = Linear(embed, config.width, False, **at) if embed != config.width else None
+        self.layers = nn.ModuleList(Block(config, index, **at) for index in range(config.layers))
+        self.norm = make_norm(config, config.width, **at) if config.final_norm else None
+        self.project_out = Linear(config.width, embed, False, **at) if embed != config.width else None
+
+
+class Decoder(nn.Module):
+    """A causal language model. Weights are allocated, not initialised: load them, or call `init_weights`."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activations: Activations | None = None
+        at = {"dtype": dtype, "device": device}
+        self.model = Trunk(config, **at)
+        self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, called `block(x_BTD, place)`."""
+        return self.model.layers
+
+    def forward(
+        self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] for tokens [B, T]; see `hidden` for `lengths` and `cache`."""
+        return self.logits(self.hidden(tokens_BT, lengths=lengths, cache=cache))
+
+    def hidden(
+        self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The state [B, T, D] that the head reads, after the final norm.
+
+        `lengths`: the tokens are one row of documents of these lengths, each of which sees itself only and starts at
+        position 0. `cache`: what came before; it is extended by the tokens.
+        """
+        if lengths is None:
+            return self._run(tokens_BT, None, cache)
+        if cache is not None or tokens_BT.shape[0] != 1 or sum(lengths) != tokens_BT.shape[1]:
+            raise ModelError(
+                f"lengths {lengths} describe one row of {sum(lengths)} tokens without a cache; "
+                f"the tokens are {tuple(tokens_BT.shape)}"
+            )
+        if min(lengths) == max(lengths):  # a plain batch
+            return self._run(tokens_BT.view(len(lengths), -1), None, None).flatten(0, 1)[None]
+        return self._run(tokens_BT, tuple(lengths), None)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """What the head makes of hidden states: [B, T, D] to [B, T, V]."""
+        logits_BTV = self.lm_head(x_BTD)
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
+
+    def wrap_blocks(self, policy: "Activations | None") -> None:
+        """Lets a policy decide what each block keeps for the backward pass; None keeps everything."""
+        self.activations = policy
+
+    @torch.no_grad()
+    def init_weights(self, rng: torch.Generator | None = None, std: float = 0.02) -> None:
+        """Random weights, for tests and for training from scratch: normal matrices, neutral norms, zero biases."""
+        plus_one = self.config.norm == "rms_plus_one"
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, std, generator=rng)
+            else:
+                parameter.fill_(0.0 if plus_one or name.endswith("bias") else 1.0)
+
+    def _run(self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> Tensor:
+        position_T, longest = self._positions(tokens_BT, lengths, cache.length if cache else 0)
+        rows = self.config.learned_positions
+        if rows and longest + self.config.position_offset > rows:
+            raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
+        x_BTD = self._embed(tokens_BT, position_T)
+        place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache)
+        for index, block in enumerate(self.layers):
+            x_BTD = self._kept(block, index)(x_BTD, place)
+        return self._finish(x_BTD)
+
+    def _kept(self, block: nn.Module, index: int) -> nn.Module:
+        if self.activations is None or not torch.is_grad_enabled():
+            return block
+        return self.activations.wrap(block, index, len(self.layers))
+
+    @staticmethod
+    def _positions(tokens_BT: Tensor, lengths: tuple[int, ...] | None, start: int) -> tuple[Tensor, int]:
+        """The positions of the tokens in their documents, and the longest document's length."""
+        if lengths is None:
+            stop = start + tokens_BT.shape[1]
+            return torch.arange(start, stop, device=tokens_BT.device), stop
+        longest = max(lengths)
+        position = torch.arange(longest, device=tokens_BT.device)
+        return torch.cat([position[:length] for length in lengths]), longest
+
+    def _embed(self, tokens_BT: Tensor, position_T: Tensor) -> Tensor:
+        trunk, config = self.model, self.config
+        x_BTD = trunk.embed_tokens(tokens_BT)
+        if config.embed_scale != 1:  # rounded to the weights' type first, as in training
+            x_BTD = x_BTD * torch.full((), config.embed_scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        if trunk.project_in is not None:
+            x_BTD = trunk.project_in(x_BTD)
+        if trunk.embed_positions is not None:
+            x_BTD = x_BTD + trunk.embed_positions(position_T + config.position_offset)
+        return x_BTD
+
+    def _tables(self, position_T: Tensor, longest: int, dtype: torch.dtype) -> dict:
+        dim = self.config.head_dim
+        ropes = {kind.rope for kind in self.config.pattern if kind.rope}
+        return {rope: rope_tables(rope, dim, position_T, longest, dtype) for rope in ropes}
+
+    def _finish(self, x_BTD: Tensor) -> Tensor:
+        trunk = self.model
+        if trunk.norm is not None:
+            x_BTD = trunk.norm(x_BTD)
+        return x_BTD if trunk.project_out is None else trunk.project_out(x_BTD)

@@ -1,0 +1,140 @@
+"""The decoder's arithmetic, with backward passes that keep as little as can be.
+
+What each function keeps for its backward pass:
+    rms_norm               x and one number a row                    (torch: x in float32, its normalised copy, ...)
+    gated                  gate and up                               (torch: also act(gate))
+    rotate                 the tables                                (torch: both factors of each product)
+    chunked_cross_entropy  the gradient of x, and of the weight if it trains; never more than a chunk of logits
+
+Reductions run in float32 (float64 for float64). All run under FakeTensorMode and make no copy to the host.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from satchel.model.cross_entropy import chunked_cross_entropy
+
+# B batch, T tokens, D width, H heads, E head dim, R half of the rotated dimensions
+
+__all__ = ["activate", "chunked_cross_entropy", "gated", "geglu", "rms_norm", "rotate", "swiglu", "wide"]
+
+aten = torch.ops.aten
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which reductions over `dtype` run."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, late_cast: bool) -> Tensor:
+        full = x.to(wide(x.dtype))
+        rstd = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, rstd)
+        ctx.plus_one = plus_one
+        y = full * rstd
+        if not late_cast:
+            return y.to(x.dtype).mul_(weight_D)
+        return y.mul_(weight_D.to(y.dtype) + 1 if plus_one else weight_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, rstd = ctx.saved_tensors
+        normed = x.to(rstd.dtype) * rstd
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None, None, None
+        grad = grad * (weight_D.to(rstd.dtype) + 1 if ctx.plus_one else weight_D.to(rstd.dtype))
+        mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return grad.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype), grad_weight, None, None, None
+
+
+def rms_norm(
+    x: Tensor, weight_D: Tensor, eps: float = 1e-6, *, plus_one: bool = False, late_cast: bool = False
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., D] to [..., D].
+
+    `late_cast` multiplies by the weight before rounding to x's type rather than after; `plus_one` (which implies it)
+    stores the weight less one, as Gemma does.
+    """
+    return _RMSNorm.apply(x, weight_D, eps, plus_one, late_cast or plus_one)
+
+
+ACTS = {
+    "silu": (F.silu, aten.silu_backward),
+    "gelu": (F.gelu, aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+}
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return ACTS[act][0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        act, act_backward = ACTS[ctx.act]
+        return act_backward(grad * up, gate), act(gate).mul_(grad), None
+
+
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """act(gate) * up, for `act` one of ACTS."""
+    return _Gated.apply(gate, up, act)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _Gated.apply(gate, up, "silu")
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the tanh approximation of gelu."""
+    return _Gated.apply(gate, up, "gelu_tanh")
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """act(x), for `act` one of ACTS."""
+    return ACTS[act][0](x)
+
+
+def _turn(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:
+    """Rotates the pairs (r, r + R/2) of each head by the tables' angles times `sign`."""
+    half = cos_TR.shape[-1]
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    y_BTHE = torch.empty_like(x_BTHE)
+    (x1, x2, rest), (y1, y2, y_rest) = (t.tensor_split((half, 2 * half), -1) for t in (x_BTHE, y_BTHE))
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
+    y_rest.copy_(rest)
+    return y_BTHE
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TR, sin_TR)
+        return _turn(x_BTHE, cos_TR, sin_TR, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad, *ctx.saved_tensors, -1), None, None
+
+
+def rotate(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Applies rotary positions to the first 2R dimensions of each head; tables are [T, R], in x's type."""
+    return _Rotate.apply(x_BTHE, cos_TR, sin_TR)
