@@ -234,6 +234,7 @@ def _gpt_neox(hf: HF) -> Fields:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=True,
+        kv_heads=hf["num_attention_heads"],
         pattern=(LayerKind(rope=rope),),
     )
 
@@ -242,12 +243,16 @@ def _mixtral(hf: HF) -> Fields:
     return _llama(
         hf,
         norm_eps=hf.get("rms_norm_eps", 1e-5),
-        experts=hf.get("num_local_experts", 8),
+        experts=_experts(hf),
         experts_per_token=hf.get("num_experts_per_tok", 2),
         expert_hidden=hf["intermediate_size"],
         normalize_experts=True,
         pattern=(LayerKind(window=hf.get("sliding_window"), rope=read_rope(hf, theta=1e6), sparse=True),),
     )
+
+
+def _experts(hf: HF) -> int:
+    return hf["num_local_experts"] if "num_local_experts" in hf else hf["num_experts"]  # transformers 5, and 4
 
 
 def _is_sparse(hf: HF, index: int) -> bool:
@@ -258,7 +263,7 @@ def _is_sparse(hf: HF, index: int) -> bool:
 def _qwen_moe(hf: HF, pattern: tuple[LayerKind, ...], **own: Any) -> Fields:
     return _llama(
         hf,
-        experts=hf["num_experts"],
+        experts=_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         expert_hidden=hf["moe_intermediate_size"],
         normalize_experts=hf.get("norm_topk_prob", False),
@@ -292,7 +297,7 @@ def _olmoe(hf: HF) -> Fields:
         qk_norm="full",
         norm_eps=hf.get("rms_norm_eps", 1e-5),
         clip_qkv=hf.get("clip_qkv"),
-        experts=hf["num_experts"],
+        experts=_experts(hf),
         experts_per_token=hf["num_experts_per_tok"],
         expert_hidden=hf["intermediate_size"],
         normalize_experts=hf.get("norm_topk_prob", False),
