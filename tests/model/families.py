@@ -79,20 +79,20 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 
+def hf_config(case: str) -> transformers.PretrainedConfig:
+    """The transformers configuration of a case."""
+    family, settings = CASES[case]
+    return transformers.AutoConfig.for_model(family, **json.loads(json.dumps(settings)))
+
+
 def hf_model(case: str) -> torch.nn.Module:
     """The transformers model of a case; every weight is drawn, norms and biases too, so that nothing hides."""
-    family, settings = CASES[case]
-    config = transformers.AutoConfig.for_model(family, **{k: _copy(v) for k, v in settings.items()})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(case)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5 if parameter.dim() == 1 else 0.2)
     return model
-
-
-def _copy(value: object) -> object:
-    return json.loads(json.dumps(value)) if isinstance(value, dict | list) else value
 
 
 def tensors_on_disk(folder: Path) -> dict[str, torch.Tensor]:
