@@ -1,0 +1,1 @@
+"""Optimizers: how gradients become updates, and what state that takes."""

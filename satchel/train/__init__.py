@@ -1,0 +1,1 @@
+"""Objectives, learning-rate schedules and activation policies."""

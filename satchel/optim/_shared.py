@@ -1,0 +1,220 @@
+"""What the optimizers share: how they walk over parameters, keep moments, and land an update in a narrow parameter.
+
+Every elementwise update is one operator, `satchel::adam_`: a rehearsal sees one operation a parameter, while a real
+step runs over slices that stay in the processor's cache, so that its temporaries are a few slices whatever the model.
+
+A bfloat16 parameter has 8 bits of precision: an update below 1/512 of it is lost by rounding to nearest. Two cures:
+
+    stochastic   round up with a probability of the distance to the lower neighbour: right on average, no bytes
+    fp32         keep the low 16 bits beside the parameter: the exact float32 master at 2 bytes a parameter
+
+The noise of stochastic rounding is drawn anew for each parameter and step from (seed, parameter, step): nothing to
+save, and a resumed run continues bit for bit.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from satchel.core.errors import UserError
+from satchel.optim._blockwise import BLOCK
+
+# N elements of a flattened parameter, or of one slice of it
+
+ROUNDINGS = ("stochastic", "fp32", "nearest")
+SLICE = {"cpu": 1 << 17}  # elements worked on at once: 512 KiB in float32 stays in a core's cache
+SHIFT = 64  # a parameter and its second moment take the same noise, this many elements apart
+SLICE_DEVICE = 1 << 22  # elsewhere a slice has to fill the machine
+
+
+def slices(count: int, device: torch.device) -> Iterator[slice]:
+    """Cuts `range(count)` into slices of bounded size, each a whole number of quantisation blocks."""
+    width = SLICE.get(device.type, SLICE_DEVICE)
+    assert width % BLOCK == 0
+    return (slice(start, min(start + width, count)) for start in range(0, count, width))
+
+
+def widen(x_N: Tensor) -> Tensor:
+    """x_N itself if it is float32, else a float32 copy."""
+    return x_N if x_N.dtype == torch.float32 else x_N.float()
+
+
+def draw(count: int, rng: torch.Generator) -> Tensor:
+    """int32 numbers, uniform in [0, 2^16): four from each word of the generator."""
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=rng.device)
+    return words.random_(-(2**63), None, generator=rng).view(torch.int16)[:count].to(torch.int32).add_(1 << 15)
+
+
+def land_(x_N: Tensor, wide_N: Tensor, noise_N: Tensor | None) -> None:
+    """Write float32 values into x_N; with noise, bfloat16 is rounded stochastically and wide_N is used up."""
+    if x_N.dtype == torch.float32 or noise_N is None:
+        if x_N.data_ptr() != wide_N.data_ptr():
+            x_N.copy_(wide_N)
+        return
+    bits_N = wide_N.view(torch.int32).add_(noise_N).bitwise_and_(-(1 << 16))
+    x_N.copy_(bits_N.view(torch.float32))
+
+
+def join(high_N: Tensor, low_N: Tensor) -> Tensor:
+    """The float32 value of a bfloat16 parameter and the signed low half that `split_` kept of it."""
+    return high_N.float().view(torch.int32).add_(low_N).view(torch.float32)
+
+
+def split_(high_N: Tensor, low_N: Tensor, wide_N: Tensor) -> None:
+    """Write float32 values as the nearest bfloat16 and the rest of their bits; `join` gives them back exactly."""
+    bits_N = wide_N.view(torch.int32)
+    rounded_N = bits_N.add(1 << 15).bitwise_and_(-(1 << 16))
+    high_N.copy_(rounded_N.view(torch.float32))
+    low_N.copy_(bits_N.sub_(rounded_N))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Moments kept in one dtype. bfloat16 takes a slowly moving second moment only with stochastic rounding."""
+
+    dtype: torch.dtype
+
+    def zeros(self, count: int, device: torch.device, signed: bool) -> dict[str, Tensor]:
+        """The state of one moment of `count` elements."""
+        return {"": torch.zeros(count, dtype=self.dtype, device=device)}
+
+    def read(self, held: Sequence[Tensor], cut: slice, signed: bool) -> Tensor:
+        """The moment's slice in float32."""
+        return widen(held[0][cut])
+
+    def write_(self, held: Sequence[Tensor], cut: slice, wide_N: Tensor, signed: bool, noise_N: Tensor | None) -> None:
+        """Put the slice back. The first moment moves by a tenth of itself a step, far above bfloat16's rounding."""
+        land_(held[0][cut], wide_N, None if signed else noise_N)
+
+
+STORES = {"fp32": Plain(torch.float32), "bf16": Plain(torch.bfloat16)}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def store_name(moments: str, parameter: Tensor, least_quantised: int = 4096) -> str:
+    """Which of STORES keeps the moments of a parameter; as in bitsandbytes, small ones are not quantised."""
+    if moments == "follow":
+        return "bf16" if parameter.dtype == torch.bfloat16 else "fp32"
+    return "fp32" if moments == "8bit" and parameter.numel() < least_quantised else moments
+
+
+def zero_moments(store: str, count: int, device: torch.device) -> dict[str, Tensor]:
+    """Fresh state of both moments, for an optimizer's state of one parameter."""
+    return {
+        name + suffix: tensor
+        for name in MOMENTS
+        for suffix, tensor in STORES[store].zeros(count, device, signed=name == "exp_avg").items()
+    }
+
+
+torch.library.define(
+    "satchel::adam_",
+    "(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, str store, str rounding, float beta1, float beta2, float eps, "
+    "float step_size, float keep, int seed) -> ()",
+)
+
+
+@torch.library.impl("satchel::adam_", "default")
+def _adam_(
+    x_N: Tensor,
+    g_N: Tensor,
+    held: list[Tensor],
+    store: str,
+    rounding: str,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float,
+    keep: float,
+    seed: int,
+) -> None:
+    """One step of Adam: x = keep * x - step_size * m / (sqrt(v) + eps), with m and v moved towards g and g**2.
+
+    `held` is the first moment's tensors, the second's, and for rounding "fp32" of a bfloat16 x the low bits.
+    """
+    moments, rng = STORES[store], torch.Generator(x_N.device).manual_seed(seed)
+    noisy = store == "bf16" or (rounding == "stochastic" and x_N.dtype != torch.float32)
+    split = rounding == "fp32" and x_N.dtype != torch.float32
+    parts = (len(held) - split) // 2
+    first, second = held[:parts], held[parts : 2 * parts]
+    for cut in slices(x_N.numel(), x_N.device):
+        g = widen(g_N[cut])
+        m = moments.read(first, cut, True).lerp_(g, 1 - beta1)
+        v = moments.read(second, cut, False).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        x = join(x_N[cut], held[-1][cut]) if split else widen(x_N[cut])
+        if keep != 1:
+            x.mul_(keep)
+        x.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)
+        noise = draw(g.numel() + SHIFT, rng) if noisy else None
+        moments.write_(first, cut, m, True, None)
+        moments.write_(second, cut, v, False, noise[SHIFT:] if noisy else None)
+        if split:
+            split_(x_N[cut], held[-1][cut], x)
+        else:
+            land_(x_N[cut], x, noise[:-SHIFT] if noisy and rounding == "stochastic" else None)
+
+
+@torch.library.register_fake("satchel::adam_")
+def _(*_: Any) -> None:
+    return None
+
+
+adam_ = torch.ops.satchel.adam_.default
+
+
+def decay_groups(named_parameters: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and norms and biases, which do not. Raises UserError on a dtype it cannot."""
+    for name, p in named_parameters:
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(f"{name} is {p.dtype}; train in bf16 or fp32")
+    matrices = [(name, p) for name, p in named_parameters if p.ndim > 1]
+    vectors = [(name, p) for name, p in named_parameters if p.ndim <= 1]
+    pairs = ((matrices, weight_decay), (vectors, 0.0))
+    return [{"params": group, "weight_decay": decay} for group, decay in pairs if group]
+
+
+class Stepper(torch.optim.Optimizer):
+    """A torch optimizer that updates one parameter after the other. State: tensors, ints and strings."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, seed: int, **defaults: Any) -> None:
+        super().__init__(groups, {"lr": lr, "seed": seed, **defaults})
+
+    def update(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> None:
+        """Apply p.grad to p in place; state["step"] counts from 1. `seed` differs by parameter and step."""
+        raise NotImplementedError
+
+    def index(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Every parameter with its group, in the order of the state dict's numbers."""
+        return [(group, p) for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One optimizer step over every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, (group, p) in enumerate(self.index()):
+            self.update_one(number, group, p)
+        return loss
+
+    def update_one(self, number: int, group: dict[str, Any], p: Tensor) -> None:
+        """Step parameter `number`, if it has a gradient."""
+        if p.grad is None:
+            return
+        state = self.state[p]
+        state["step"] = state.get("step", 0) + 1
+        torch.autograd.graph.increment_version(p)
+        self.update(p, state, group, zlib.crc32(f"{group['seed']}/{number}/{state['step']}".encode()))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, except that tensors keep the dtype that they were saved in."""
+        super().load_state_dict({**state_dict, "state": {}})
+        for number, (_, p) in enumerate(self.index()):
+            saved = state_dict["state"].get(number, {})
+            moved = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+            self.state[p].update(moved)

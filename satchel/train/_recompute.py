@@ -1,0 +1,25 @@
+"""Running a block again in the backward pass instead of keeping what it computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`block` such that only its inputs are kept for the backward pass. Without gradients it runs as it is."""
+
+    def run(*inputs: Any, **named: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return block(*inputs, **named)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws(block), **named)
+
+    return run
+
+
+def draws(block: Any) -> bool:
+    """Whether the block draws random numbers, so that its second run has to draw the same."""
+    modules = block.modules() if isinstance(block, nn.Module) else ()
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in modules)
