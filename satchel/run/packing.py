@@ -44,9 +44,12 @@ class Rows:
         """Tokens that one epoch feeds."""
         return int(self.lengths_P.sum())
 
-    def steps(self, batch: int, epochs: float) -> int:
-        """Optimizer steps of `batch` rows in `epochs` epochs."""
-        return math.ceil(round(epochs * len(self), 6) / batch)
+    def length(self, batch: int, steps: int, epochs: float) -> tuple[int, int]:
+        """Optimizer steps, and rows that all of them see: `steps` whole batches, or what `epochs` hold if it is 0."""
+        if steps:
+            return steps, steps * batch
+        rows = math.ceil(round(epochs * len(self), 6))
+        return math.ceil(rows / batch), rows
 
     def step_rows(self, step: int, batch: int, seed: int, total: int) -> np.ndarray:
         """Which rows step `step` (from 0) sees, of a stream of `total` rows; the last step may see fewer."""

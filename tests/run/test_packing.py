@@ -62,8 +62,7 @@ def test_only_learnt_tokens_are_targets():
 @pytest.mark.parametrize("batch", [1, 3, 7, 25])
 def test_each_epoch_sees_every_row_once_in_its_own_order(batch):
     rows = everything([9] * 20, 8)
-    total = 3 * len(rows)
-    steps = rows.steps(batch, 3)
+    steps, total = rows.length(batch, 0, 3)
     stream = np.concatenate([rows.step_rows(s, batch, 5, total) for s in range(steps)])
     epochs = stream.reshape(3, len(rows))
     assert all(sorted(epoch) == list(range(len(rows))) for epoch in epochs)
@@ -79,7 +78,8 @@ def test_the_order_is_a_function_of_seed_and_step():
 
 def test_half_an_epoch_is_half_of_the_rows():
     rows = everything([9] * 40, 8)
-    assert rows.steps(8, 0.5) == 3 and rows.steps(8, 0.1) == 1 and rows.steps(40, 1) == 1
+    assert rows.length(8, 0, 0.5) == (3, 20) and rows.length(8, 0, 0.01) == (1, 1) and rows.length(40, 0, 1) == (1, 40)
+    assert rows.length(8, 7, 0.5) == (7, 56)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])

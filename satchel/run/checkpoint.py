@@ -1,0 +1,221 @@
+"""Checkpoints that are whole or not there: `out/checkpoints/step-000123/`, and `latest`, a file with the newest's name.
+
+    parameters.safetensors   what trains
+    optimizer.safetensors    the tensors of the optimizer's state, and state.json everything else
+    manifest.json            the SHA-256 of each of them
+
+A checkpoint is written to a hidden folder, flushed to the disk, renamed, and only then `latest` is replaced; the last
+two are kept. Tensors are streamed: no second copy of them is made. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from satchel.core.errors import JobError, ModelError
+from satchel.core.units import format_bytes
+from satchel.model.encodings import PLAIN
+from satchel.model.safetensors_io import read_safetensors, write_safetensors
+from satchel.model.stored import Reader
+
+KEPT = 2
+STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
+SLACK_BYTES = 1 << 20  # headers, JSON and the folder itself
+
+State = dict[str, Any]  # JSON values
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose hashes were found to match."""
+
+    folder: Path
+    state: State
+
+    def read_into(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the given tensors from `file`, in place. Raises ModelError unless names, shapes and dtypes agree."""
+        stored = read_safetensors(self.folder / f"{file}.safetensors")
+        ours = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        theirs = {name: (s.shape, PLAIN[s.dtype]) for name, s in stored.items()}
+        if differ := dict(ours.items() ^ theirs.items()):
+            raise ModelError(f"{self.folder}: '{min(differ)}' differs between the checkpoint and this job's model")
+        with Reader(stored) as reader:
+            for name, tensor in tensors.items():
+                if tensor.numel():
+                    reader.read(name, tensor.detach())
+
+    def read(self, file: str) -> dict[str, Tensor]:
+        """The tensors of `file`, as they were saved."""
+        stored = read_safetensors(self.folder / f"{file}.safetensors")
+        tensors = {name: torch.empty(s.shape, dtype=PLAIN[s.dtype]) for name, s in stored.items()}
+        self.read_into(file, tensors)
+        return tensors
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one output folder."""
+
+    folder: Path
+    note: Callable[[str], None] = lambda text: None  # told of a damaged checkpoint
+
+    def save(self, step: int, state: State, files: Mapping[str, Mapping[str, Tensor]]) -> Path:
+        """Write the checkpoint of `step`: JSON state, and named tensors by file stem.
+
+        Raises JobError, and leaves nothing of it behind, if the disk is full or cannot be written.
+        """
+        target, draft = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
+        with self._disk_errors(draft):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self.require_space(files)
+            draft.mkdir()
+            for stem, tensors in files.items():
+                entries = ((name, tuple(t.shape), t.dtype, iter([t])) for name, t in tensors.items())
+                write_safetensors(draft / f"{stem}.safetensors", entries)
+            write_text(draft / STATE, json.dumps(state | {"step": step}))
+            hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+            write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
+            sync(draft)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(draft, target)
+            sync(self.folder)
+            replace_text(self.folder / LATEST, target.name)
+        for old in self._folders()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint; None if none was ever saved. Raises JobError if all of them are damaged."""
+        folders = self._folders()
+        latest = self.folder / LATEST
+        named = self.folder / latest.read_text().strip() if latest.exists() else None
+        if named in folders:  # one that is newer than `latest` may not have reached the disk
+            folders = folders[folders.index(named) :]
+        for folder in folders:
+            fault = damage(folder)
+            if fault is None:
+                return Saved(folder, json.loads((folder / STATE).read_text()))
+            self.note(f"checkpoint {folder} is damaged ({fault}); going on from the one before it")
+        if folders:
+            raise JobError(f"{self.folder}: no checkpoint is whole; start again with another out, or empty this one")
+        return None
+
+    def require_space(self, files: Mapping[str, Mapping[str, Tensor]], copies: int = 1) -> None:
+        """Raises JobError if the disk has no room for `copies` checkpoints of these tensors."""
+        tensors = [tensor for named in files.values() for tensor in named.values()]
+        needed = copies * (sum(tensor.nbytes for tensor in tensors) + SLACK_BYTES)
+        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+        if free < needed:
+            raise JobError(
+                f"{self.folder}: no disk left: needs {format_bytes(needed)}, {format_bytes(free)} free; "
+                f"free some or choose another out{self._last()}"
+            )
+
+    def _folders(self) -> list[Path]:
+        """Folders of checkpoints, newest first."""
+        return sorted(self.folder.glob("step-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run left half-written."""
+        for draft in self.folder.glob(".*.part"):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+    def _last(self) -> str:
+        folders = self._folders()
+        return f"; kept: {folders[0]}" if folders else ""
+
+    @contextmanager
+    def _disk_errors(self, draft: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "no disk left" if full else f"cannot be written ({error.strerror})"
+            raise JobError(f"{self.folder}: {why}; free some or choose another out{self._last()}") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is there and has its hash."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+        wrong = [name for name, digest in hashes.items() if sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong[0]} does not have the hash it was saved with" if wrong else None
+
+
+def pull_tensors(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A state dict as JSON values; its tensors go to `tensors` by path. `push_tensors` undoes it."""
+    match value:
+        case Tensor():
+            tensors[path] = value
+            return {"tensor": path}
+        case dict():  # as pairs: keys may be numbers, and their order counts
+            return {"dict": [[k, pull_tensors(v, tensors, f"{path}.{k}".lstrip("."))] for k, v in value.items()]}
+        case list() | tuple():
+            items = [pull_tensors(v, tensors, f"{path}.{i}".lstrip(".")) for i, v in enumerate(value)]
+            return {type(value).__name__: items}
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"{path} is a {type(value).__name__}, which cannot be saved without pickle")
+
+
+def push_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The state dict that `pull_tensors` took apart."""
+    match value:
+        case {"tensor": path}:
+            return tensors[path]
+        case {"dict": pairs}:
+            return {k: push_tensors(v, tensors) for k, v in pairs}
+        case {"list": items}:
+            return [push_tensors(v, tensors) for v in items]
+        case {"tuple": items}:
+            return tuple(push_tensors(v, tensors) for v in items)
+    return value
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the old text or the new, whenever the machine stops."""
+    draft = path.with_name(f".{path.name}.part")
+    write_text(draft, text)
+    os.replace(draft, path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Wait until the disk has the folder's entries."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

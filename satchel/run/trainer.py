@@ -1,0 +1,235 @@
+"""The training loop: one for all methods, resumable at any step bit for bit.
+
+What a step computes is a function of the weights, the optimizer's state, the seed and the step's number alone: the rows
+(`packing`), the randomness (reseeded every step) and the learning rate. So a checkpoint holds no loader and no
+generator, and a step that ran out of memory is tried again in smaller pieces with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from satchel.core.errors import JobError
+from satchel.core.job import TuneJob
+from satchel.core.report import SILENT, Report
+from satchel.run.assemble import Assembly
+from satchel.run.checkpoint import KEPT, Checkpoints, pull_tensors, push_tensors
+from satchel.run.data import Dataset
+from satchel.run.folder import claim, fingerprint
+from satchel.run.interrupt import Interrupt
+from satchel.run.metrics import FILE, MetricsLog, read_metrics
+from satchel.run.plot import plot
+from satchel.run.pressure import Governor
+from satchel.run.step import accumulate, mean_loss, update
+
+T = TypeVar("T")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a checkpoint keeps beside the tensors."""
+
+    step: int = 0  # finished optimizer steps
+    tokens: int = 0  # fed so far
+    seconds: float = 0.0  # at work, those before a resume included
+    micro_batch: int = 0  # rows at once
+    first_loss: float | None = None
+    last_loss: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None  # at the last evaluation
+    evaluated: int = -1  # the step of the last evaluation
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished or interrupted run."""
+
+    progress: Progress
+    steps: int  # of the whole job
+    checkpoint: Path  # of the last finished step
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ctrl-C ended the run before its last step."""
+        return self.progress.step < self.steps
+
+
+def train(
+    job: TuneJob, assembly: Assembly, dataset: Dataset, report: Report = SILENT, governor: Governor | None = None
+) -> TrainResult:
+    """Run the job to its last step, or from its last checkpoint if `job.resume`, or until ctrl-C.
+
+    Raises UserError if the output folder belongs to another job, JobError if the loss is no number or the disk is full.
+    """
+    return Trainer(job, assembly, dataset, report, governor or Governor()).run()
+
+
+class Trainer:
+    """The state of one run."""
+
+    def __init__(self, job: TuneJob, assembly: Assembly, dataset: Dataset, report: Report, governor: Governor) -> None:
+        self.job, self.assembly, self.dataset, self.report, self.governor = job, assembly, dataset, report, governor
+        self.out = Path(job.out)
+        self.device = assembly.parameters[0][1].device
+        self.steps, self.rows = dataset.train.length(job.batch, job.steps, job.epochs)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", report.note)
+        self.progress = Progress(micro_batch=job.micro_batch or job.batch)
+
+    def run(self) -> TrainResult:
+        """See `train`."""
+        claim(self.job, self.dataset.fingerprint(), fingerprint(self.assembly.model))
+        if self.job.resume:
+            self._restore()
+        else:
+            for text in self.dataset.notes:
+                self.report.note(text)
+        self.report.begin(self.steps)
+        with (
+            MetricsLog(self.out, self.progress.step) as self.log,
+            Interrupt(self.report.note) as interrupt,
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+        ):
+            path = self._loop(interrupt)
+        plot(read_metrics(self.out / FILE), self.out / "metrics.png")
+        return TrainResult(self.progress, self.steps, path)
+
+    def _loop(self, interrupt: Interrupt) -> Path:
+        """All steps that are left; the path of the last checkpoint."""
+        progress, path = self.progress, None
+        if progress.step == 0:
+            self._evaluate()
+        while progress.step < self.steps and not interrupt.asked:
+            self._step()
+            path = None
+            if self._due(self.job.eval_every):
+                self._evaluate()
+            if self._due(self.job.save_every):
+                path = self._save()
+        if progress.step == self.steps:
+            self._evaluate()
+        return path or self._save()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.progress.step % every == 0
+
+    def _step(self) -> None:
+        """One optimizer step and its line of metrics. Raises JobError before the weights take in what is no number."""
+        progress, began = self.progress, time.perf_counter()
+        rows = self.dataset.train.step_rows(progress.step, self.job.batch, self.job.seed, self.rows)
+        lr = self.assembly.lr * self.assembly.schedule.at(progress.step, self.steps)
+        progress.micro_batch = self.governor.before(progress.step, progress.micro_batch)
+
+        def compute() -> tuple[dict[str, float], int]:
+            self._reseed()
+            batches = [b.to(self.device) for b in self.dataset.train.batches(rows, progress.micro_batch)]
+            sums = accumulate(self.assembly, batches)
+            return {name: float(value) for name, value in sums.items()}, sum(sum(b.lengths) for b in batches)
+
+        metrics, tokens = self._in_memory(compute)
+        self._require_finite(metrics)
+        update(self.assembly, lr)
+        if progress.step == 0:
+            self.checkpoints.require_space(self._state()[1], copies=KEPT + 1)  # a late failure would cost the run
+        seconds = time.perf_counter() - began
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        progress.last_loss = metrics["loss"]
+        progress.first_loss = progress.first_loss if progress.first_loss is not None else metrics["loss"]
+        self._record(
+            metrics
+            | {"lr": lr, "tokens": progress.tokens, "seconds": progress.seconds}
+            | {"tokens_per_second": tokens / seconds, "micro_batch": progress.micro_batch}
+            | {"memory_bytes": self.governor.memory_bytes()}
+        )
+
+    def _evaluate(self) -> None:
+        """The loss on held-out data, unless there is none or it is known for this step."""
+        progress, held_out = self.progress, self.dataset.held_out
+        if not len(held_out) or progress.evaluated == progress.step:
+            return
+        began = time.perf_counter()
+
+        def compute() -> float:
+            rows = range(len(held_out))
+            batches = (held_out.batch(rows[i : i + progress.micro_batch]) for i in rows[:: progress.micro_batch])
+            return mean_loss(self.assembly, (batch.to(self.device) for batch in batches))
+
+        loss = self._in_memory(compute)
+        progress.seconds += time.perf_counter() - began
+        progress.evaluated, progress.held_out_after = progress.step, loss
+        if progress.step == 0:
+            progress.held_out_before = loss
+        self._record({"held_out_loss": loss})
+
+    def _in_memory(self, compute: Callable[[], T]) -> T:
+        """The result of `compute`, which is called again with fewer rows at once whenever memory ran out."""
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                fewer = self.governor.catch(error, self.progress.micro_batch)
+            # Out of the handler the failed call's tensors are gone.
+            self.report.note(f"out of memory with {self.progress.micro_batch} rows at once; going on with {fewer}")
+            self.progress.micro_batch = fewer
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        line = {"step": self.progress.step} | metrics
+        self.log.write(line)
+        self.report.step(line)
+
+    def _reseed(self) -> None:
+        """Make all randomness of a step a function of the seed and the step."""
+        digest = hashlib.blake2b(f"{self.job.seed}/{self.progress.step}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
+        if self.assembly.rng is not None:
+            self.assembly.rng.manual_seed(int.from_bytes(digest, "little"))
+
+    def _require_finite(self, metrics: dict[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self.assembly.optimizer.zero_grad(set_to_none=True)
+                self._fail(f"step {self.progress.step + 1}: {name} is {metrics[name]}")
+
+    def _fail(self, what: str) -> None:
+        kept = self.checkpoints.newest() if self.checkpoints.folder.exists() else None
+        where = f"the last good checkpoint is {kept.folder}" if kept else "no checkpoint was saved yet"
+        raise JobError(
+            f"{what}; {where}. Try a lower lr than {self.assembly.lr:g}, a schedule with warm-up, a smaller clip, "
+            f"or look into the data of that step"
+        )
+
+    def _save(self) -> Path:
+        for name, parameter in self.assembly.parameters:
+            if not torch.linalg.vector_norm(parameter.detach()).isfinite():
+                self._fail(f"step {self.progress.step}: '{name}' is no longer finite")
+        state, files = self._state()
+        return self.checkpoints.save(self.progress.step, state, files)
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """JSON values and tensors that a checkpoint holds."""
+        moments: dict[str, Tensor] = {}
+        optimizer = pull_tensors(self.assembly.optimizer.state_dict(), moments)
+        state = {"progress": asdict(self.progress), "optimizer": optimizer}
+        return state, {"parameters": dict(self.assembly.parameters), "optimizer": moments}
+
+    def _restore(self) -> None:
+        saved = self.checkpoints.newest()
+        if saved is None:
+            self.report.note("no checkpoint had been saved: starting from step 0")
+            return
+        saved.read_into("parameters", dict(self.assembly.parameters))
+        self.assembly.optimizer.load_state_dict(push_tensors(saved.state["optimizer"], saved.read("optimizer")))
+        rows_at_once = self.progress.micro_batch  # what fits now may be less than what fitted then
+        self.progress = Progress(**saved.state["progress"])
+        self.progress.micro_batch = min(self.progress.micro_batch, rows_at_once)
+        self.report.note(f"going on from step {self.progress.step} of {self.steps}")
