@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
 
     eos_id: int | None
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, special: bool = False) -> list[int]: ...
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]: ...
 
@@ -184,12 +184,12 @@ Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learnt
 
 
 def _encode_text(record: Record, tokenizer: Tokenizer) -> Encoded:
-    ids = tokenizer.encode(record["text"]) + _end(tokenizer)
+    ids = _open(record["text"], tokenizer) + _end(tokenizer)
     return ids, [True] * len(ids)
 
 
 def _encode_completion(record: Record, tokenizer: Tokenizer) -> Encoded:
-    prompt = tokenizer.encode(record["prompt"])
+    prompt = _open(record["prompt"], tokenizer)
     completion = tokenizer.encode(record["completion"]) + _end(tokenizer)
     return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
@@ -197,6 +197,12 @@ def _encode_completion(record: Record, tokenizer: Tokenizer) -> Encoded:
 def _encode_chat(record: Record, tokenizer: Tokenizer) -> Encoded:
     ids, learnt = tokenizer.chat_tokens(record["messages"])
     return list(ids), list(learnt)
+
+
+def _open(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The text as a document begins, without the end token that some tokenizers would put behind it."""
+    ids = tokenizer.encode(text, special=True)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
 
 
 def _end(tokenizer: Tokenizer) -> list[int]:

@@ -1,4 +1,12 @@
-"""A tokenizer of one token a character, small enough to reason about in a test."""
+"""A tokenizer of one token a character and a decoder of two narrow layers: small enough to reason about in a test."""
+
+import json
+
+import torch
+
+from satchel.core.job import TuneJob
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
 
 END, USER, ASSISTANT = 1, 2, 3
 FIRST = 4  # of the characters
@@ -10,7 +18,7 @@ class CharTokenizer:
 
     eos_id = END
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         return [FIRST + min(ord(c), 127) for c in text]
 
     def decode(self, ids):
@@ -23,3 +31,22 @@ class CharTokenizer:
             ids += [ASSISTANT if is_assistant else USER, *said, END]
             learnt += [False] + [is_assistant] * (len(said) + 1)
         return ids, learnt
+
+
+def toy_decoder(dtype=torch.float32, **changes):
+    """Random weights, the same each time."""
+    sizes = {"vocab": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
+    decoder = Decoder(ModelConfig(family="llama", context=512, tied=True, **(sizes | changes)), dtype)
+    decoder.init_weights(torch.Generator().manual_seed(7), std=0.1)
+    return decoder
+
+
+def toy_job(folder, **changes):
+    """A job of a few short steps on `folder/data.jsonl`, which is written if it is not there."""
+    data = folder / "data.jsonl"
+    if not data.exists():
+        lines = [f"record {i}: {'abc' * (i % 9)} is {i * i % 17}" for i in range(60)]
+        data.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    basics = {"model": "toy", "data": str(data), "out": str(folder / "out"), "dtype": "fp32", "eval_share": 0.1}
+    sizes = {"context": 48, "batch": 6, "micro_batch": 6, "steps": 6, "lr": 0.01, "adapter": "lora:rank=4"}
+    return TuneJob(**(basics | sizes | changes))
