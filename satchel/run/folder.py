@@ -24,7 +24,7 @@ def check_out(job: TuneJob) -> None:
         raise UserError(f"out: {out} is a file; name a folder")
     if job.resume and not (out / CLAIM).exists():
         raise UserError(f"out: {out} holds no run to resume; leave resume out to start one")
-    if not job.resume and out.exists() and any(out.iterdir()):
+    if not job.resume and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise UserError(f"out: {out} exists and is not empty; go on with its run by --resume, or name another --out")
 
 
