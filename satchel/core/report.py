@@ -13,7 +13,7 @@ class Report:
         """The loop starts; also after a resume, whose `step` metrics then start past 0."""
 
     def step(self, metrics: dict[str, float]) -> None:
-        """One optimizer step is over: `step`, `loss`, `tokens_per_second`, `memory_bytes` and what the job adds."""
+        """`step` is over: `loss`, `tokens_per_second`, `memory_bytes`, more; or only `held_out_loss`."""
 
     def note(self, text: str) -> None:
         """Something that the user should know: what the governor did, a checkpoint, records that were cut."""

@@ -1,0 +1,75 @@
+"""`satchel doctor`: what this machine has, how fast it is, what is missing and how to install it."""
+
+import platform
+import re
+import shutil
+from importlib import metadata
+
+from rich.text import Text
+
+import satchel
+from satchel.cli.console import out, table
+from satchel.core.units import format_bytes, format_seconds
+
+
+def doctor() -> None:
+    """Say what this machine has, its measured rates, what is missing and how to install it."""
+    _print_machine()
+    _print_extras()
+
+
+def _print_machine() -> None:
+    from satchel.run.device import device
+
+    found = device()
+    rows = table("this machine", "")
+    for label, fact in _facts(found):
+        rows.add_row(label, Text(fact))
+    out.print(rows)
+    rates = table("measured", "best rate", "smallest call", right=("best rate", "smallest call"))
+    for kind, curve in found.curves.items():
+        unit = "GB/s" if kind == "move" else "GFLOP/s"
+        rates.add_row(kind, f"{found.rate(kind) / 1e9:,.0f} {unit}", format_seconds(curve[0][1]))
+    out.print("", rates, sep="\n")
+
+
+def _facts(found) -> list[tuple[str, str]]:
+    free = f"{format_bytes(found.memory_bytes)}, of which {format_bytes(found.free_bytes())} free now"
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return [
+        ("device", f"{found.kind}: {found.name}"),
+        ("cores", str(found.cores)),
+        ("memory", free),
+        ("C++ compiler", compiler or "none: install g++ to build the CPU allocator"),
+        ("satchel", f"{satchel.__version__}, Python {platform.python_version()}, torch {found.torch}"),
+    ]
+
+
+def _print_extras() -> None:
+    rows = table("extra", "state", "to install")
+    for extra, missing in _missing().items():
+        state = Text(f"lacks {', '.join(missing)}", "yellow") if missing else Text("complete", "green")
+        rows.add_row(extra, state, Text(f"pip install 'satchel[{extra}]'") if missing else "")
+    out.print("", rows, sep="\n")
+
+
+def _missing() -> dict[str, list[str]]:
+    """Extra to the packages of it that are not installed, read from satchel's own metadata."""
+    try:
+        requirements = metadata.requires("satchel") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    extras: dict[str, list[str]] = {}
+    for line in requirements:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+        if name and extra:
+            extras.setdefault(extra[1], []).extend([] if _installed(name[0]) else [name[0]])
+    return extras
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""How `satchel tune` shows a running job: a live bar in a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from satchel.cli.plan import print_plan
+from satchel.cli.receipt import print_receipt
+from satchel.core.report import Report
+from satchel.core.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from satchel.run.planner import Plan
+
+
+class _Talking(Report):
+    """What both reports share: the plan before, the receipt after, notes between."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.limit_bytes: int | None = None
+
+    def __enter__(self) -> _Talking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def plan(self, plan: Plan) -> None:
+        self.limit_bytes = plan.budget_bytes
+        print_plan(plan)
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text, "dim"))
+
+    def end(self, receipt: Any) -> None:
+        print_receipt(receipt)
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """The line of an evaluation."""
+        self.note(f"step {metrics['step']:g}: held-out loss {metrics['held_out_loss']:.3f}")
+
+    def memory(self, metrics: dict[str, float]) -> str:
+        """`612 MiB of 900 MiB`, or an empty text before the first measurement."""
+        if "memory_bytes" not in metrics:
+            return ""
+        used = format_bytes(metrics["memory_bytes"])
+        return f"{used} of {format_bytes(self.limit_bytes)}" if self.limit_bytes else used
+
+
+class RichProgress(_Talking):
+    """A bar with loss, tokens per second, time left, and memory against the budget."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.bar = Progress(
+            TextColumn("tuning"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+            console=console,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def begin(self, total_steps: int) -> None:
+        self.task = self.bar.add_task("tune", total=total_steps, loss="-", rate="-", memory="")
+        self.bar.start()
+
+    def step(self, metrics: dict[str, float]) -> None:
+        if "loss" not in metrics:
+            return self.evaluated(metrics)
+        self.bar.update(
+            self.task,
+            completed=metrics["step"],
+            loss=f"{metrics['loss']:.3f}",
+            rate=f"{metrics['tokens_per_second']:,.0f}",
+            memory=self.memory(metrics),
+        )
+
+    def end(self, receipt: Any) -> None:
+        self.bar.stop()
+        super().end(receipt)
+
+
+class PlainProgress(_Talking):
+    """A line for the first step, the last, and at most one every `every_s` seconds between."""
+
+    def __init__(self, console: Console, every_s: float = 5.0) -> None:
+        super().__init__(console)
+        self.every_s = every_s
+
+    def begin(self, total_steps: int) -> None:
+        self.total, self.first, self.last_s = total_steps, None, float("-inf")
+
+    def step(self, metrics: dict[str, float]) -> None:
+        if "loss" not in metrics:
+            return self.evaluated(metrics)
+        now = time.monotonic()
+        step = int(metrics["step"])
+        self.first = self.first or (step, now)
+        if step < self.total and now - self.last_s < self.every_s:
+            return
+        self.last_s = now
+        facts = [
+            f"step {step}/{self.total}",
+            f"loss {metrics['loss']:.3f}",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            self._left(step, now),
+            self.memory(metrics),
+        ]
+        self.console.print(Text("  ".join(filter(None, facts))))
+
+    def _left(self, step: int, now: float) -> str:
+        first_step, first_s = self.first
+        if step == first_step or step >= self.total:
+            return ""
+        return format_seconds((now - first_s) / (step - first_step) * (self.total - step)) + " left"

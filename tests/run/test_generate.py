@@ -1,0 +1,151 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from satchel.core.errors import UserError
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.run import generate as module
+from satchel.run.generate import TextStream, continue_tokens, generate, sample
+from tests.run.toys import CharTokenizer
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 132,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+class Chars(CharTokenizer):
+    """The toy tokenizer with what generation asks of it beside."""
+
+    stop_ids = (CharTokenizer.eos_id,)
+
+    def encode(self, text, special=False):
+        return super().encode(text)
+
+    def decode(self, ids, skip_special=True):
+        return super().decode(ids)
+
+    def chat(self, messages, generate=False):
+        return "".join(f"{m['role'][0]}{m['content']}" for m in messages) + "a" * generate
+
+
+@pytest.fixture(scope="module")
+def model():
+    decoder = Decoder(ModelConfig.from_hf(LLAMA))
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    return decoder
+
+
+def test_the_cache_changes_nothing_of_what_is_said(model):
+    ids = list(range(4, 24))
+    said = list(continue_tokens(model, ids, 12, lambda logits_V: int(logits_V.argmax())))
+    for token in said:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_prompt_fed_in_parts_continues_as_a_whole_one(model, monkeypatch):
+    whole = generate(model, Chars(), "some prompt of words", max_tokens=8, temperature=0)
+    monkeypatch.setattr(module, "PREFILL", 3)
+    assert generate(model, Chars(), "some prompt of words", max_tokens=8, temperature=0) == whole
+
+
+def test_a_seed_makes_the_same_text_and_another_seed_another(model):
+    texts = [generate(model, Chars(), "abc", max_tokens=20, temperature=1.5, top_p=1.0, seed=s) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pieces_add_up_to_the_text(model):
+    pieces = []
+    text = generate(model, Chars(), [{"role": "user", "content": "hi"}], max_tokens=9, on_text=pieces.append)
+    assert "".join(pieces) == text and all(pieces)
+
+
+def test_generation_ends_at_a_stop_token_and_does_not_say_it(model):
+    said = list(continue_tokens(model, Chars().encode("abc"), 6, lambda logits_V: int(logits_V.argmax())))
+
+    class Stopping(Chars):
+        stop_ids = (said[3],)
+
+    expected = Chars().decode(said[: said.index(said[3])])
+    assert generate(model, Stopping(), "abc", max_tokens=6, temperature=0) == expected
+
+
+def test_generation_ends_at_the_models_context(model):
+    count = 0
+    for _ in continue_tokens(model, [5] * 60, 4, lambda logits_V: 7):
+        count += 1
+    assert count == 4
+    assert len(generate(model, Chars(), "x" * 60, max_tokens=512, temperature=0)) <= 4
+
+
+def test_dropout_rests_while_generating_and_works_again_after(model):
+    model.train()
+    generate(model, Chars(), "abc", max_tokens=1)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [({"max_tokens": 0}, "max_tokens=0"), ({"temperature": -1}, "temperature=-1"), ({"top_p": 0}, "top_p=0")],
+)
+def test_settings_out_of_range_are_refused(model, settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        generate(model, Chars(), "abc", **settings)
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 64])
+def test_a_prompt_that_the_model_cannot_take_is_refused(model, prompt):
+    with pytest.raises(UserError, match="this model takes 1 to 63"):
+        generate(model, Chars(), prompt)
+
+
+def test_top_p_draws_only_from_the_likeliest():
+    rng = torch.Generator().manual_seed(0)
+    logits_V = torch.tensor([0.1, 0.5, 0.3, 0.1]).log()
+    assert {sample(logits_V, 1.0, 0.7, rng) for _ in range(200)} == {1, 2}
+    assert {sample(logits_V, 1.0, 0.01, rng) for _ in range(20)} == {1}
+
+
+def test_draws_follow_the_distribution():
+    rng = torch.Generator().manual_seed(0)
+    p_V = torch.tensor([0.1, 0.6, 0.3])
+    drawn = torch.tensor([sample(p_V.log(), 1.0, 1.0, rng) for _ in range(4000)])
+    frequency_V = torch.bincount(drawn, minlength=3) / 4000
+    assert (frequency_V - p_V).abs().max() < 0.035  # four standard deviations of a share of 4000 draws
+
+
+def bytes_tokenizer():
+    """One token a byte, so that most characters span several tokens."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Backend(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+
+    class Bytes:
+        encode = staticmethod(lambda text: backend.encode(text).ids)
+        decode = staticmethod(lambda ids, skip_special=True: backend.decode(list(ids)))
+
+    return Bytes()
+
+
+@given(st.text(max_size=30))
+def test_streamed_characters_come_out_whole_and_add_up(text):
+    tokenizer = bytes_tokenizer()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + stream.rest() == text
+    assert all(piece in text for piece in pieces)
