@@ -1,6 +1,6 @@
 """Put adapters around a model's linear maps, and take them off again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -35,15 +35,24 @@ class Adapted(nn.Module):
         self.methods[name] = method
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O]. Adapters see flat tokens, and so the base's fresh output, which they may write to."""
-        call = self.base
-        for adapter in self.adapters.values():
-            call = partial(adapter, base=call)
-        return call(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        """[..., I] to [..., O]."""
+        return self.run(x.reshape(-1, self.in_features), self.base).view(*x.shape[:-1], self.out_features)
+
+    def run(self, x_NI: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapters around another base: [N, O]. Each may write into what it calls: nobody else holds it."""
+        call = base
+        for index, adapter in enumerate(self.adapters.values()):
+            inner = partial(_fresh, call) if index else call
+            call = partial(adapter, base=inner)
+        return call(x_NI)
 
     def dense(self) -> Tensor:
         """The base's matrix, without the adapters."""
         return dense_OI(self.base)
+
+
+def _fresh(call: Callable[[Tensor], Tensor], x_NI: Tensor) -> Tensor:
+    return call(x_NI).clone()  # an inner adapter may keep its output for its backward pass
 
 
 def attach(
