@@ -7,9 +7,10 @@ makes one at a time. Format: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,31 +78,39 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def header_of(entries: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> bytes:
-    """The first bytes of a file that holds these tensors in this order, each (name, shape, dtype)."""
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written, which is made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[Outgoing]) -> None:
+    """Write a file and flush it to the disk; one tensor at a time is in memory."""
+    with open(path, "wb") as file:
+        file.write(_header(tensors))
+        for tensor in tensors:
+            plain = tensor.make().to("cpu").contiguous()
+            file.write(memoryview(plain.view(-1).view(torch.uint8).numpy()))
+            del plain
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(tensors: Sequence[Outgoing]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape, dtype in entries:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SPELLED[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        spelled = {"dtype": SPELLED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = spelled
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype, Iterator[Tensor]]]) -> int:
-    """Write a file whose tensors arrive as (name, shape, dtype, pieces in order); flushed to the disk; its bytes."""
-    tensors = list(tensors)
-    with open(path, "wb") as file:
-        file.write(header_of((name, shape, dtype) for name, shape, dtype, _ in tensors))
-        for _, _, _, pieces in tensors:
-            for piece in pieces:
-                _write(file, piece)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
-
-
-def _write(file: BinaryIO, piece: Tensor) -> None:
-    plain = piece.detach().to("cpu").contiguous()
-    file.write(memoryview(plain.view(-1).view(torch.uint8).numpy()))

@@ -2,12 +2,13 @@
 
 A `Reader` maps a file, decodes a piece of a tensor at a time straight into its destination, which may have another
 dtype, another device and any strides, and gives the file's pages back as it goes. So a load never holds two copies:
-beside the destination there is one piece of PIECE numbers. Subclasses replace `raw`, and thereby rehearse a load.
+beside the destination there is one piece of PIECE numbers. A `FakeReader` rehearses that without files.
 """
 
+import itertools
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from satchel.core.errors import ModelError
 from satchel.model.encodings import ENCODINGS, Encoding
 
 PIECE = 1 << 15  # numbers decoded at a time: what torch does on one thread, within a core's own cache
+AROUND = 1 << 16  # bytes that the kernel maps around one that is touched
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,24 @@ class Stored:
         return math.prod(self.shape) // self.encoding.values * self.encoding.nbytes
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where the numbers of one parameter lie in a stored tensor: they follow one another, or `make` picks them out."""
+
+    stored: str  # the tensor's name
+    first: int = 0  # its first number that is ours, counted row by row
+    shift: float = 0.0  # added to every number
+    into: Callable[[Tensor], Tensor] | None = None  # from the parameter to its view in the stored order
+    make: Callable[[Tensor], Tensor] | None = None  # from the whole stored tensor to the parameter
+
+
 class Reader:
     """Reads the tensors of one model, which may lie in several files. A context manager: it closes its maps."""
 
     def __init__(self, tensors: Mapping[str, Stored]) -> None:
         self.tensors = tensors
         self._maps: dict[Path, mmap.mmap] = {}
+        self._window = (0, 0)
 
     def __enter__(self) -> "Reader":
         return self
@@ -54,30 +68,47 @@ class Reader:
             mapped.close()
         self._maps.clear()
 
-    def read(self, name: str, out: Tensor, first: int = 0) -> None:
-        """Fill `out` with the tensor's numbers from the `first` on, row by row, cast to its dtype."""
-        stored = self.tensors[name]
+    def read(self, part: Part, out: Tensor) -> None:
+        """Fill `out` with the numbers of a part, cast to its dtype."""
+        stored = self.tensors[part.stored]
+        if part.make is not None:
+            whole = torch.empty(stored.shape, dtype=out.dtype)
+            self._fill(stored, whole, 0, part.shift)
+            out.copy_(part.make(whole))
+        else:
+            self._fill(stored, out if part.into is None else part.into(out), part.first, part.shift)
+
+    def _fill(self, stored: Stored, view: Tensor, first: int, shift: float) -> None:
+        for piece, index in self.pieces(view, first):
+            values = self._values(stored, index, piece.numel())
+            piece.copy_((values.float() + shift if shift else values).view(piece.shape))
+            del values
+            self.release(stored)
+
+    def _values(self, stored: Stored, first: int, count: int) -> Tensor:
+        """Numbers [first, first + count) of a tensor, flat; they lie in whole blocks."""
         encoding = stored.encoding
-        for piece, index in _pieces(out, first):
-            start = index // encoding.values * encoding.nbytes
-            raw = self.raw(stored, start, piece.numel() // encoding.values * encoding.nbytes)
-            piece.copy_(encoding.decode(raw.view(-1, encoding.nbytes)).view(piece.shape))
-            del raw
-            self.release(stored, start)
+        raw = self.raw(stored, first // encoding.values * encoding.nbytes, count // encoding.values * encoding.nbytes)
+        return encoding.decode(raw.view(-1, encoding.nbytes)).flatten()
+
+    def pieces(self, view: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
+        """The slices of a view that are read at a time, each with the index of its first number."""
+        return _pieces(view, first)
 
     def raw(self, stored: Stored, start: int, nbytes: int) -> Tensor:
         """Bytes [start, start + nbytes) of a tensor, uint8 [nbytes]; mapped, so valid until `release`."""
         mapped = self._maps.get(stored.path) or self._map(stored.path)
-        if stored.start + start + nbytes > len(mapped):
+        self._window = (stored.start + start, nbytes)
+        if sum(self._window) > len(mapped):
             raise ModelError(f"{stored.path}: '{stored.name}' ends past the end of the file; fetch the file again")
         return torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=stored.start + start)
 
-    def release(self, stored: Stored, start: int) -> None:
-        """Give back the file's pages around byte `start` of a tensor: the kernel keeps them cached, we do not."""
-        if (mapped := self._maps.get(stored.path)) is not None:
-            page = (stored.start + start) // mmap.PAGESIZE * mmap.PAGESIZE
-            window = 64 * PIECE  # covers a piece of the widest type, and what the kernel mapped around it
-            mapped.madvise(mmap.MADV_DONTNEED, page, min(window, len(mapped) - page))
+    def release(self, stored: Stored) -> None:
+        """Give back the pages that `raw` touched last: the kernel keeps them cached, we do not."""
+        start, nbytes = self._window
+        page = start // AROUND * AROUND
+        mapped = self._maps[stored.path]
+        mapped.madvise(mmap.MADV_DONTNEED, page, min(start + nbytes + AROUND, len(mapped)) - page)
 
     def _map(self, path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
@@ -100,3 +131,18 @@ def _pieces(out: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
     step = max(1, PIECE // row)
     for i in range(0, out.shape[0], step):
         yield out[i : i + step], first + i * row
+
+
+class FakeReader(Reader):
+    """Rehearses a load under FakeTensorMode: the same temporaries, for the first piece of each tensor, and no file."""
+
+    def pieces(self, view: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
+        """Only the first: the others take the same memory, one after the other."""
+        return itertools.islice(_pieces(view, first), 1)
+
+    def raw(self, stored: Stored, start: int, nbytes: int) -> Tensor:
+        """Bytes without values."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def release(self, stored: Stored) -> None:
+        """Nothing is mapped."""

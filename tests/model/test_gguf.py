@@ -8,7 +8,7 @@ import torch
 
 from satchel.core.errors import ModelError
 from satchel.model.gguf import read_gguf
-from satchel.model.stored import Reader
+from satchel.model.stored import Part, Reader
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_metadata_and_tensors_come_back_as_they_were_written(small):
     with Reader(file.tensors) as reader:
         for name, array in expected.items():
             out = torch.empty(array.shape)
-            reader.read(name, out)
+            reader.read(Part(name), out)
             assert torch.equal(out, torch.from_numpy(array))
 
 
@@ -51,11 +51,14 @@ def test_reading_fills_strided_views_and_parts(small):
     packed = torch.from_numpy(expected["packed"])
     with Reader(read_gguf(path).tensors) as reader:
         transposed = torch.empty(64, 700, dtype=torch.bfloat16)
-        reader.read("packed", transposed.T)
+        reader.read(Part("packed", into=lambda out: out.T), transposed)
         assert torch.equal(transposed, packed.T.bfloat16())
         rows = torch.empty(33, 64)
-        reader.read("packed", rows, first=100 * 64)
+        reader.read(Part("packed", first=100 * 64), rows)
         assert torch.equal(rows, packed[100:133])
+        every_third = torch.empty(233, 64)
+        reader.read(Part("packed", shift=-1.0, make=lambda whole: whole[1::3]), every_third)
+        assert torch.equal(every_third, packed[1::3] - 1)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.9, 0.999])

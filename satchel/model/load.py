@@ -1,0 +1,105 @@
+"""A decoder from a source: made without memory, then filled parameter by parameter from the mapped files.
+
+Beside the decoder there is never more than a piece of a tensor; with a format, one dense matrix. The same loop runs on
+fake tensors with a `FakeReader`, which has no files: that is how a load is rehearsed.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from satchel.core.errors import ModelError
+from satchel.core.seams import WeightFormat
+from satchel.model.decoder import Decoder
+from satchel.model.linear import linears, swap
+from satchel.model.source import Source, find_source
+from satchel.model.stored import Part, Reader, Stored
+
+
+def load(
+    name: str | Source,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    format: WeightFormat | None = None,
+) -> Decoder:
+    """The model as a Decoder in evaluation mode, its weights in `dtype` on `device`; every parameter requires grad.
+
+    With a `format` the matrices of the layers (not the embeddings, the head or a router) are packed as they arrive.
+    Raises ModelError, naming file, tensor and cure, if the source cannot be found or does not match its configuration.
+    """
+    source = find_source(name) if isinstance(name, str) else name
+    decoder = Decoder(source.config, dtype=dtype, device="meta")
+    check(source, decoder)
+    with source.reader() as reader:
+        return fill(decoder, source.parts, reader, device, format)
+
+
+def fill(
+    decoder: Decoder,
+    parts: Mapping[str, Part],
+    reader: Reader,
+    device: torch.device | str = "cpu",
+    format: WeightFormat | None = None,
+) -> Decoder:
+    """Give a decoder that was made on `meta` its parameters, one by one; with a FakeReader, a rehearsal of that."""
+    packed = {f"model.layers.{path}" for path in linears(decoder.layers)} if format else set()
+    for path in [path for path, _ in decoder.named_modules()]:
+        module = decoder.get_submodule(path)
+        if path == "lm_head" and decoder.config.tied:
+            module.weight = decoder.model.embed_tokens.weight
+            continue
+        for name, shell in list(module.named_parameters(recurse=False)):
+            out = torch.empty(shell.shape, dtype=shell.dtype, device=device)
+            reader.read(parts[f"{path}.{name}"], out)
+            setattr(module, name, nn.Parameter(out))
+        if path in packed:
+            swap(decoder, path, _pack(format, module))
+    return decoder.eval()
+
+
+def _pack(format: WeightFormat, module: nn.Module) -> nn.Module:
+    packed = format.pack(module.weight.detach())
+    if module.bias is not None:
+        packed.bias = module.bias.detach()
+    return packed
+
+
+def check(source: Source, decoder: Decoder) -> None:
+    """ModelError if the files lack a parameter, hold a tensor that belongs nowhere, or one of another shape."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    spare = {"lm_head.weight"} if source.config.tied else set()
+    where = f"{source.path}: the weights do not match the configuration:"
+    if missing := sorted(shapes.keys() - source.parts.keys()):
+        raise ModelError(f"{where} {_some(missing)} missing; fetch the model again, or correct the configuration")
+    if unexpected := sorted(source.parts[name].stored for name in source.parts.keys() - shapes.keys() - spare):
+        raise ModelError(f"{where} {_some(unexpected)} not expected; is it a model of another architecture?")
+    used: dict[str, list[str]] = {}
+    for name in shapes:
+        used.setdefault(source.parts[name].stored, []).append(name)
+    for stored, names in used.items():
+        _check_shape(where, source.tensors[stored], [shapes[name] for name in names], names)
+
+
+def _check_shape(where: str, stored: Stored, expected: list[tuple[int, ...]], names: list[str]) -> None:
+    numbers = sum(math.prod(shape) for shape in expected)
+    alone = len(expected) == 1 and _squeezed(expected[0]) not in (
+        _squeezed(stored.shape),
+        _squeezed(stored.shape[::-1]),
+    )
+    if alone or numbers != math.prod(stored.shape):
+        listed = " + ".join(str(list(shape)) for shape in expected[:3]) + (" ..." if len(expected) > 3 else "")
+        raise ModelError(
+            f"{where} '{stored.name}' is {list(stored.shape)}, but {', '.join(names[:3])} should be {listed}; take "
+            "weights and configuration from the same place"
+        )
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"'{name}'" for name in names[:3]) + more + (" is" if len(names) == 1 else " are")
