@@ -27,8 +27,8 @@ from torch import Tensor
 from satchel.core.errors import JobError, ModelError
 from satchel.core.units import format_bytes
 from satchel.model.encodings import PLAIN
-from satchel.model.safetensors_io import read_safetensors, write_safetensors
-from satchel.model.stored import Reader
+from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
+from satchel.model.stored import Part, Reader
 
 KEPT = 2
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
@@ -54,7 +54,7 @@ class Saved:
         with Reader(stored) as reader:
             for name, tensor in tensors.items():
                 if tensor.numel():
-                    reader.read(name, tensor.detach())
+                    reader.read(Part(name), tensor.detach())
 
     def read(self, file: str) -> dict[str, Tensor]:
         """The tensors of `file`, as they were saved."""
@@ -83,7 +83,7 @@ class Checkpoints:
             self.require_space(files)
             draft.mkdir()
             for stem, tensors in files.items():
-                entries = ((name, tuple(t.shape), t.dtype, iter([t])) for name, t in tensors.items())
+                entries = [Outgoing(name, tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()]
                 write_safetensors(draft / f"{stem}.safetensors", entries)
             write_text(draft / STATE, json.dumps(state | {"step": step}))
             hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}

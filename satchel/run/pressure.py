@@ -18,17 +18,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Governor:
     """Asked before each step and after each failure. This one halves; a subclass may act before the limit."""
 
-    def before(self, step: int, micro_batch: int) -> int:
-        """Rows at once for step `step`; `micro_batch` is what the last one had."""
-        return micro_batch
+    def before_step(self, rows: int) -> int:
+        """Rows at once for the next step; `rows` is what the last one had."""
+        return rows
 
-    def catch(self, error: Exception, micro_batch: int) -> int:
-        """Fewer rows at once than the `micro_batch` that failed. Raises `error` itself if memory was not its cause."""
+    def after_failure(self, error: Exception, rows: int) -> int:
+        """Fewer rows at once than the `rows` that failed. Raises `error` itself if memory was not its cause."""
         if not is_out_of_memory(error):
             raise error
-        if micro_batch == 1:
+        if rows == 1:
             raise JobError("out of memory with one row at a time; shorten context or raise memory") from error
-        return (micro_batch + 1) // 2
+        return (rows + 1) // 2
 
     def memory_bytes(self) -> int:
         """Memory in use, for the metrics: of the GPU if there is one at work, else this process's resident bytes."""

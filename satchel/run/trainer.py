@@ -126,7 +126,7 @@ class Trainer:
         progress, began = self.progress, time.perf_counter()
         rows = self.dataset.train.step_rows(progress.step, self.job.batch, self.job.seed, self.rows)
         lr = self.assembly.lr * self.assembly.schedule.at(progress.step, self.steps)
-        progress.micro_batch = self.governor.before(progress.step, progress.micro_batch)
+        progress.micro_batch = self.governor.before_step(progress.micro_batch)
 
         def compute() -> tuple[dict[str, float], int]:
             self._reseed()
@@ -177,7 +177,7 @@ class Trainer:
             try:
                 return compute()
             except Exception as error:
-                fewer = self.governor.catch(error, self.progress.micro_batch)
+                fewer = self.governor.after_failure(error, self.progress.micro_batch)
             # Out of the handler the failed call's tensors are gone.
             self.report.note(f"out of memory with {self.progress.micro_batch} rows at once; going on with {fewer}")
             self.progress.micro_batch = fewer

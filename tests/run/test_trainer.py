@@ -125,13 +125,13 @@ class Signals(Governor):
     """Sends this process a signal before some steps, as a user at the keyboard does."""
 
     def __init__(self, *steps):
-        self.steps = list(steps)
+        self.steps, self.step = steps, 0
 
-    def before(self, step, micro_batch):
-        while step in self.steps:
-            self.steps.remove(step)
+    def before_step(self, rows):
+        for _ in range(self.steps.count(self.step)):
             os.kill(os.getpid(), signal.SIGINT)
-        return micro_batch
+        self.step += 1
+        return rows
 
 
 def test_ctrl_c_finishes_the_step_saves_and_the_resumed_run_is_the_undisturbed_one(tmp_path):
