@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.errors import UserError
-from satchel.optim._blockwise import BLOCK
+from satchel.optim._blockwise import BLOCK, Blockwise
 
 # N elements of a flattened parameter, or of one slice of it
 
@@ -91,7 +91,7 @@ class Plain:
         land_(held[0][cut], wide_N, None if signed else noise_N)
 
 
-STORES = {"fp32": Plain(torch.float32), "bf16": Plain(torch.bfloat16)}
+STORES = {"fp32": Plain(torch.float32), "bf16": Plain(torch.bfloat16), "8bit": Blockwise()}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
