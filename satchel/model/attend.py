@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from satchel.model.functional import wide
 
@@ -100,6 +101,7 @@ class _Blockwise(Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *log_sums = ctx.saved_tensors
         scale, window, cap = ctx.how

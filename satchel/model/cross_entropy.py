@@ -19,10 +19,27 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 # N tokens, D width, V vocabulary, C tokens of a chunk, S vocabulary entries of a slice; M either
 
 IGNORED = -100  # target without loss
+
+
+class _Scratch:
+    """Room for one piece of logits, used again for each: in the type of reductions, and in the weight's type.
+
+    Fresh memory for every piece would cost more time than its arithmetic: the system clears it page by page.
+    """
+
+    def __init__(self, numbers: int, like: Tensor) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.low = like.new_empty(numbers)
+        self.wide = self.low if like.dtype == wide else like.new_empty(numbers, dtype=wide)
+
+    def take(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The two buffers as [rows, columns]; one and the same if the types are equal."""
+        return tuple(t[: rows * columns].view(rows, columns) for t in (self.wide, self.low))  # type: ignore[return-value]
 
 
 class _Head(NamedTuple):
@@ -37,10 +54,12 @@ class _Head(NamedTuple):
         """The head of a slice of the vocabulary."""
         return self._replace(weight_VD=self.weight_VD[part], bias_V=None if self.bias_V is None else self.bias_V[part])
 
-    def logits(self, x_CD: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, x_CD: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
         """The logits in the type of reductions, and a buffer of their shape in x's type; one and the same if equal."""
-        low_CV = x_CD @ self.weight_VD.T
-        logit_CV = low_CV.to(torch.promote_types(low_CV.dtype, torch.float32))
+        logit_CV, low_CV = scratch.take(len(x_CD), len(self.weight_VD))
+        torch.mm(x_CD, self.weight_VD.T, out=low_CV)
+        if low_CV.dtype != logit_CV.dtype:
+            logit_CV.copy_(low_CV)
         if self.scale != 1:
             logit_CV.mul_(self.scale)
         if self.bias_V is not None:
@@ -110,6 +129,7 @@ class _CrossEntropy(Function):
         return loss_N.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The saved gradients are ours alone, and are handed over unless the graph is to be walked again.
         again = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -121,9 +141,10 @@ def _by_tokens(x_ND: Tensor, head: _Head, targets_N: Tensor, chunk: int, dx_ND: 
     """Loss and log-sum of each token, and the gradient of x into dx_ND unless that is None."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     loss_N, log_sum_N = torch.empty(2, len(x_ND), dtype=wide, device=x_ND.device)
+    scratch = _Scratch(min(chunk, len(x_ND)) * len(head.weight_VD), x_ND)
     for start in range(0, len(x_ND), chunk):
         part = slice(start, start + chunk)
-        logit_CV, low_CV = head.logits(x_ND[part])
+        logit_CV, low_CV = head.logits(x_ND[part], scratch)
         target_C1 = targets_N[part, None]
         picked_C1 = logit_CV.gather(1, target_C1)
         slope_CV = head.slope(logit_CV) if dx_ND is not None else None
@@ -142,7 +163,7 @@ def _rounded(dlogit: Tensor, low: Tensor, slope: Tensor | None) -> Tensor:
     """The gradient of the logits before the soft cap, in the buffer `low`."""
     if slope is not None:
         dlogit.mul_(slope)
-    return low if low is dlogit else low.copy_(dlogit)
+    return low if low.dtype == dlogit.dtype else low.copy_(dlogit)
 
 
 def _by_vocabulary(
@@ -150,14 +171,15 @@ def _by_vocabulary(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, those that are needed."""
     vocab = len(head.weight_VD)
-    width = max(1, chunk * vocab // max(1, len(x_ND)))
+    width = min(vocab, max(1, chunk * vocab // max(1, len(x_ND))))
     sources = (x_ND, head.weight_VD, head.bias_V)
     dx_ND, dw_VD, db_V = (torch.empty_like(t) if needed else None for t, needed in zip(sources, needs, strict=True))
+    scratch = _Scratch(len(x_ND) * width, x_ND)
     sum_ND = None if dx_ND is None else torch.zeros_like(x_ND, dtype=log_sum_N.dtype)
     for start in range(0, vocab, width):
         part = slice(start, min(start + width, vocab))
         rows = head.rows(part)
-        dlogit_NS, low_NS = rows.logits(x_ND)
+        dlogit_NS, low_NS = rows.logits(x_ND, scratch)
         slope_NS = rows.slope(dlogit_NS)
         dlogit_NS.sub_(log_sum_N[:, None]).exp_()
         _subtract_targets(dlogit_NS, targets_N, part)

@@ -9,12 +9,14 @@ What each function keeps for its backward pass:
 Reductions run in float32 (float64 for float64). All run under FakeTensorMode and make no copy to the host.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from satchel.model.cross_entropy import chunked_cross_entropy
 
@@ -30,30 +32,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _widened(x: Tensor) -> Tensor:
+    """A copy in the type of reductions, free to be written to."""
+    return x.to(wide(x.dtype), copy=True)
+
+
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, late_cast: bool) -> Tensor:
-        full = x.to(wide(x.dtype))
-        rstd = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = _widened(x)
+        rstd = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
         ctx.plus_one = plus_one
-        y = full * rstd
+        y.mul_(rstd)
         if not late_cast:
             return y.to(x.dtype).mul_(weight_D)
         return y.mul_(weight_D.to(y.dtype) + 1 if plus_one else weight_D).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, rstd = ctx.saved_tensors
-        normed = x.to(rstd.dtype) * rstd
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None, None, None
-        grad = grad * (weight_D.to(rstd.dtype) + 1 if ctx.plus_one else weight_D.to(rstd.dtype))
-        mean = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return grad.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype), grad_weight, None, None, None
+        full_D = weight_D.to(rstd.dtype) + ctx.plus_one
+        normed, dx = _widened(x).mul_(rstd), _widened(grad)
+        product = dx * normed
+        grad_weight = product.flatten(0, -2).sum(0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        mean = (product @ full_D).div_(x.shape[-1]).unsqueeze(-1)
+        dx = dx.mul_(full_D).addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype)
+        return dx, grad_weight, None, None, None
 
 
 def rms_norm(
@@ -67,14 +73,15 @@ def rms_norm(
     return _RMSNorm.apply(x, weight_D, eps, plus_one, late_cast or plus_one)
 
 
-ACTS = {
-    "silu": (F.silu, aten.silu_backward),
-    "gelu": (F.gelu, aten.gelu_backward),
+# Each activation, and the operator that turns the gradient of its result into that of its argument, in place.
+ACTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, lambda grad, x: aten.silu_backward.grad_input(grad, x, grad_input=grad)),
+    "gelu": (F.gelu, lambda grad, x: aten.gelu_backward.grad_input(grad, x, grad_input=grad)),
     "gelu_tanh": (
         lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+        lambda grad, x: aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
     ),
-    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "relu": (F.relu, lambda grad, x: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)),
 }
 
 
@@ -86,6 +93,7 @@ class _Gated(Function):
         return ACTS[act][0](gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         act, act_backward = ACTS[ctx.act]
@@ -131,6 +139,7 @@ class _Rotate(Function):
         return _turn(x_BTHE, cos_TR, sin_TR, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _turn(grad, *ctx.saved_tensors, -1), None, None
 
