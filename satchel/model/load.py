@@ -15,7 +15,7 @@ from satchel.core.seams import WeightFormat
 from satchel.model.decoder import Decoder
 from satchel.model.linear import linears, swap
 from satchel.model.source import Source, find_source
-from satchel.model.stored import Part, Reader, Stored
+from satchel.model.stored import Part, Reader
 
 
 def load(
@@ -75,25 +75,31 @@ def check(source: Source, decoder: Decoder) -> None:
         raise ModelError(f"{where} {_some(missing)} missing; fetch the model again, or correct the configuration")
     if unexpected := sorted(source.parts[name].stored for name in source.parts.keys() - shapes.keys() - spare):
         raise ModelError(f"{where} {_some(unexpected)} not expected; is it a model of another architecture?")
-    used: dict[str, list[str]] = {}
+    sharing: dict[str, list[str]] = {}
     for name in shapes:
-        used.setdefault(source.parts[name].stored, []).append(name)
-    for stored, names in used.items():
-        _check_shape(where, source.tensors[stored], [shapes[name] for name in names], names)
+        sharing.setdefault(source.parts[name].stored, []).append(name)
+    for stored, names in sharing.items():
+        found = source.tensors[stored].shape
+        expected = [_stored_shape(source.parts[name], shapes[name], found) for name in names]
+        if not _fits(expected, found):
+            listed = " + ".join(str(list(shape)) for shape in expected[:3]) + (" ..." if len(expected) > 3 else "")
+            raise ModelError(
+                f"{where} '{stored}' is {list(found)}, but {', '.join(names[:3])} should be {listed}; take weights and "
+                "configuration from the same place"
+            )
 
 
-def _check_shape(where: str, stored: Stored, expected: list[tuple[int, ...]], names: list[str]) -> None:
-    numbers = sum(math.prod(shape) for shape in expected)
-    alone = len(expected) == 1 and _squeezed(expected[0]) not in (
-        _squeezed(stored.shape),
-        _squeezed(stored.shape[::-1]),
-    )
-    if alone or numbers != math.prod(stored.shape):
-        listed = " + ".join(str(list(shape)) for shape in expected[:3]) + (" ..." if len(expected) > 3 else "")
-        raise ModelError(
-            f"{where} '{stored.name}' is {list(stored.shape)}, but {', '.join(names[:3])} should be {listed}; take "
-            "weights and configuration from the same place"
-        )
+def _fits(expected: list[tuple[int, ...]], found: tuple[int, ...]) -> bool:
+    """Whether parameters of these shapes fill a stored tensor: one of the same shape, or several of as many numbers."""
+    if len(expected) == 1 and _squeezed(expected[0]) != _squeezed(found):
+        return False
+    return sum(map(math.prod, expected)) == math.prod(found)
+
+
+def _stored_shape(part: Part, shape: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a parameter has in its file: a view of another depth is the same tensor with axes split."""
+    view = tuple(part.into(torch.empty(shape, device="meta")).shape) if part.into else shape
+    return view if len(view) == len(found) else shape
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

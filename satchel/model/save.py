@@ -178,7 +178,8 @@ def _config(config: ModelConfig, tensors: Sequence[Outgoing]) -> dict[str, Any]:
     for foreign in ("auto_map", "quantization_config", "_name_or_path"):  # code, a packing, a path of another machine
         hf.pop(foreign, None)
     dtype = str(max(tensors, key=lambda tensor: tensor.nbytes).dtype).removeprefix("torch.")
-    return hf | {"architectures": [CLASSES[config.family]], "model_type": config.family, "torch_dtype": dtype}
+    own = {"architectures": [CLASSES[config.family]], "model_type": config.family}
+    return hf | own | {"dtype": dtype, "torch_dtype": dtype}  # the second is what transformers 4 reads
 
 
 def _write_companions(folder: Path, source: Source) -> None:

@@ -94,6 +94,9 @@ def _folder(name: str, path: Path) -> Source:
     hf = read_json(path / "config.json")
     if not hf:
         raise ModelError(f"{path}: no config.json, so it holds no model; give the folder that has one")
+    if packing := hf.get("quantization_config"):
+        method = packing.get("quant_method", "some method") if isinstance(packing, dict) else packing
+        raise ModelError(f"{path}: the weights are quantized by {method}; give the original, and pack it with --format")
     config, tensors = ModelConfig.from_hf(hf), read_folder(path)
     recipes = house_recipes(config, tensors)
     parts = {ours: _part(recipe, tensors[recipe.sources[0]]) for ours, recipe in recipes.items()}
