@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from satchel.core.report import Report as Report
     from satchel.model.load import load as load
     from satchel.model.save import save as save
-    from satchel.model.tokenizer import load_tokenizer as load_tokenizer
+    from satchel.model.source import load_tokenizer as load_tokenizer
     from satchel.run.export import merge as merge
     from satchel.run.generate import generate as generate
     from satchel.run.planner import plan as plan
@@ -40,7 +40,7 @@ HOMES = {
     "UserError": "core.errors",
     "generate": "run.generate",
     "load": "model.load",
-    "load_tokenizer": "model.tokenizer",
+    "load_tokenizer": "model.source",
     "merge": "run.export",
     "plan": "run.planner",
     "save": "model.save",

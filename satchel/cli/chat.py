@@ -43,10 +43,19 @@ class _Speaker:
     """A loaded model and the conversation so far."""
 
     def __init__(self, model: str, adapter: str, dtype: str, device: str, system: str) -> None:
-        from satchel.run.generate import open_model
+        import torch
+
+        from satchel.model.load import load
+        from satchel.model.source import find_source, load_tokenizer
+        from satchel.run.device import resolve
+        from satchel.run.export import put_on
 
         with err.status(f"loading {model}"):
-            self.model, self.tokenizer = open_model(model, adapter=adapter, dtype=dtype, device=device)
+            source = find_source(model)
+            self.tokenizer = load_tokenizer(source)
+            self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, resolve(device))
+            if adapter:
+                put_on(self.model, adapter)
         self.system = system
         self.reset()
 

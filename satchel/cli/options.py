@@ -33,7 +33,7 @@ def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
 def _job(config: Path | None, given: dict[str, Any]) -> TuneJob:
     overrides = {name: value for name, value in given.items() if value is not None}
     if config is None:
-        return TuneJob.from_dict(overrides, where="satchel")
+        return TuneJob.from_dict(overrides)
     return TuneJob.from_toml(config, **overrides)
 
 

@@ -6,7 +6,9 @@ and the command line's options all come from here: no knob is written down twice
 
 import ast
 import io
+import re
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from satchel.core.errors import UnknownName, UserError
 
 REQUIRED = object()  # the default of a field that has none
+RANGE = re.compile(r"([\[(])(-?[\d.e-]+), (-?[\d.e-]+|inf)([\])])$")  # at the end of a comment: `share kept, (0, 1]`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +30,30 @@ class Knob:
 
     def parse(self, text: str, where: str) -> Any:
         """The value that `text` spells on a command line. Raises UserError, naming `where`."""
-        try:
-            return _parse(ast.parse(self.kind, mode="eval").body, text)
-        except ValueError:
-            raise UserError(self._complaint(text, where)) from None
+        return self._checked(_parse, text, where)
 
     def accept(self, value: Any, where: str) -> Any:
         """The value itself if it is of the knob's kind; an integer where a float is due becomes one."""
+        return self._checked(_accept, value, where)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number lies in the range that the comment ends with; true of all else."""
+        found = RANGE.search(self.comment)
+        if not found or not isinstance(value, int | float):
+            return True
+        low, high = float(found[2]), float(found[3])
+        return (low <= value if found[1] == "[" else low < value) and (
+            value <= high if found[4] == "]" else value < high
+        )
+
+    def _checked(self, read: Callable[[ast.expr, Any], Any], given: Any, where: str) -> Any:
         try:
-            return _accept(ast.parse(self.kind, mode="eval").body, value)
+            value = read(ast.parse(self.kind, mode="eval").body, given)
         except ValueError:
-            raise UserError(self._complaint(value, where)) from None
+            raise UserError(self._complaint(given, where)) from None
+        if not self.holds(value):
+            raise UserError(f"{where}: {self.name}={given} is outside its range: {self.comment}")
+        return value
 
     def _complaint(self, value: Any, where: str) -> str:
         example = "" if self.default is REQUIRED else f", such as the default {self.default!r}"

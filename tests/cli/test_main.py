@@ -59,7 +59,10 @@ def test_show_prints_each_knob_with_type_default_and_comment(satchel):
         (("tune", "--model", "demo", "--data", "demo", "--batch", "many"), "integer"),
         (("tune", "--model", "demo", "--data", "demo", "--memory", "2g"), "such as 2GiB"),
         (("tune", "--config", "nowhere.toml"), "cannot be read"),
-        (("plan", "tune", "--model", "demo", "--data", "demo", "--eval-share", "0.9"), "it lies in [0, 0.5]"),
+        (
+            ("plan", "tune", "--model", "demo", "--data", "demo", "--eval-share", "0.9"),
+            "share of the documents held out, [0, 0.5]",
+        ),
         (("bench", "tnue"), "no bench 'tnue'"),
         (("chat", "--raw"), "--prompt"),
         (("chat", "--dtype", "fp8"), "it is bf16 or fp32"),

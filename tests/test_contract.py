@@ -1,0 +1,220 @@
+"""What every method promises, tried on a tiny model; generated from the cards, so that a new method is held to it too.
+
+Every method runs in the job of its slot with all else plain: a model of two layers, three optimizer steps in float32.
+"""
+
+import dataclasses
+import math
+import typing
+
+import pytest
+import torch
+
+from satchel.core import book
+from satchel.core.card import ACCOUNTS, COSTS, Fidelity
+from satchel.core.errors import UserError
+from satchel.core.job import TuneJob
+from satchel.core.knobs import RANGE
+from satchel.model.adapters import adapted, attach, detach
+from satchel.model.batch import Batch
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.linear import linears, swap
+from satchel.run.assemble import assemble
+from satchel.run.step import mean_loss, train_step
+from tests.tolerances import TOLERANCE
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
+)
+PLAIN = TuneJob(model="tiny", data="tiny", dtype="fp32", adapter="none", lr=1e-2, batch=4, schedule="constant")
+ENTRIES = book.entries()
+
+
+def entries(*slots, exact=False):
+    chosen = [e for e in ENTRIES if (not slots or e.slot in slots) and (not exact or e.card.fidelity == "exact")]
+    return pytest.mark.parametrize("entry", chosen, ids=lambda e: f"{e.slot}-{e.name}")
+
+
+def spelled(entry):
+    """The method with the knobs that suit a tiny model."""
+    return str(entry.load()(**entry.card.demo))
+
+
+def job_of(entry):
+    """The plain job with this method in its slot; a format needs an adapter over it."""
+    changes = {"adapter": "lora:rank=4"} if entry.slot == "format" else {}
+    return PLAIN.replace(**changes, **{entry.slot: spelled(entry)})
+
+
+def tiny(job=PLAIN):
+    decoder = Decoder(CONFIG)
+    decoder.init_weights(torch.Generator().manual_seed(1))
+    storage = book.make("format", job.format)
+    for path, module in linears(decoder).items() if storage else ():
+        swap(decoder, path, storage.pack(module.weight.detach()))
+    return decoder
+
+
+def batches(seed=2):
+    """Four documents of uneven lengths in two micro-batches."""
+    rng = torch.Generator().manual_seed(seed)
+    made = []
+    for lengths in ((13, 20), (7, 31)):
+        tokens_N = torch.randint(96, (sum(lengths),), generator=rng)
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        targets_N = tokens_N.roll(-1).index_fill(0, ends, -100)
+        made.append(Batch(tokens_N[None], targets_N[None], lengths, sum(lengths) - len(lengths)))
+    return made
+
+
+def run(job, steps=3):
+    """Losses of some optimizer steps, and the model after them."""
+    torch.manual_seed(job.seed)
+    assembly = assemble(job, tiny(job))
+    factors = [assembly.schedule.at(step, steps) for step in range(steps)]
+    losses = [float(train_step(assembly, batches(), assembly.lr * factor)["loss"]) for factor in factors]
+    return losses, assembly
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(batches()[0].tokens_1N)
+
+
+@entries()
+def test_the_card_is_complete(entry):
+    card, knobs = entry.card, {knob.name: knob for knob in entry.knobs}
+    assert card.paper.startswith("https://")
+    assert set(card.saves + card.spends) <= {*ACCOUNTS, *COSTS}
+    assert card.fidelity in typing.get_args(Fidelity)
+    assert set(card.demo) <= set(knobs)
+    if card.dial:
+        name, low, high = card.dial
+        assert knobs[name].kind in ("int", "float") and low != high
+
+
+@entries()
+def test_a_method_prints_what_makes_it(entry):
+    method = entry.load()(**entry.card.demo)
+    again = book.make(entry.slot, str(method))
+    assert again == method and hash(again) == hash(method)
+    assert method.name == entry.name and str(method).startswith(entry.name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.name = "another"
+
+
+@entries()
+def test_the_ranges_in_the_comments_hold_in_python_too(entry):
+    for knob in entry.knobs:
+        if not (found := RANGE.search(knob.comment)):
+            continue
+        low, high = float(found[2]), float(found[3])
+        for outside in (low if found[1] == "(" else low - 1, high if found[4] == ")" else high + 1):
+            if math.isfinite(outside):
+                with pytest.raises(UserError):
+                    entry.load()(**{knob.name: int(outside) if knob.kind == "int" else outside})
+
+
+@entries("adapter", "optimizer", "format", "activations", "objective", "schedule")
+def test_a_step_lowers_the_loss_and_a_seed_fixes_the_run(entry):
+    losses, _ = run(job_of(entry))
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert run(job_of(entry))[0] == losses
+
+
+@entries("optimizer", "activations", "objective", exact=True)
+def test_what_is_exact_gives_the_plain_jobs_losses(entry):
+    plain = PLAIN.replace(adapter="none")
+    losses, _ = run(plain.replace(**{entry.slot: spelled(entry)}), steps=4)
+    assert losses == pytest.approx(run(plain, steps=4)[0], rel=TOLERANCE[torch.float32])
+
+
+@entries("schedule")
+def test_a_schedule_stays_between_nothing_and_the_peak(entry):
+    schedule = entry.load()(**entry.card.demo)
+    for steps in (1, 2, 7, 100):
+        factors = [schedule.at(step, steps) for step in range(steps)]
+        assert all(0 <= factor <= 1 for factor in factors) and max(factors) > 0
+
+
+@entries("adapter")
+def test_an_adapter_is_neutral_at_birth_and_gone_when_detached(entry):
+    model = tiny()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = logits(model)
+    attach(model, entry.load()(**entry.card.demo), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(logits(model), before, rtol=TOLERANCE[torch.float32], atol=TOLERANCE[torch.float32])
+    detach(model)
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert torch.equal(logits(model), before)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
+@entries("adapter")
+def test_tuning_an_adapter_leaves_the_base_bit_for_bit(entry):
+    before = tiny().state_dict()
+    _, assembly = run(job_of(entry))
+    tuned = logits(assembly.model)
+    assert list(adapted(assembly.model))
+    detach(assembly.model)
+    after = assembly.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(logits(assembly.model), tuned)
+
+
+@entries("adapter")
+def test_what_merging_adds_is_what_the_adapter_does(entry):
+    _, assembly = run(job_of(entry))
+    method = assembly.adapter
+    place = next(place for _, place in adapted(assembly.model))
+    delta_OI = method.delta(place.adapters["default"], place.base)
+    if delta_OI is None:
+        pytest.skip("it cannot be merged")
+    x_NI = torch.randn(9, place.in_features, generator=torch.Generator().manual_seed(4))
+    merged_NO = x_NI @ (place.dense() + delta_OI).T
+    with torch.no_grad():
+        torch.testing.assert_close(place.eval()(x_NI), merged_NO, rtol=1e-5, atol=TOLERANCE[torch.float32])
+
+
+@entries("format")
+def test_a_format_gives_the_same_matrix_after_its_buffers_were_copied(entry):
+    method = entry.load()(**entry.card.demo)
+    weight_OI = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)) * 0.02
+    packed, other = method.pack(weight_OI), method.pack(torch.zeros(64, 128))
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other.dense(), packed.dense())
+    assert sum(b.nbytes for b in packed.buffers()) < weight_OI.nbytes / 3
+    error = (packed.dense().float() - weight_OI).norm() / weight_OI.norm()
+    assert error < 0.2  # of 4-bit codes over a normal distribution; 8-bit ones are far below
+
+
+@entries("optimizer")
+def test_an_optimizers_state_is_all_in_its_state_dict(entry):
+    """A fresh optimizer that takes over state and weights goes on as the first one would have."""
+    whole, _ = run(job_of(entry), steps=4)
+    losses, first = run(job_of(entry), steps=2)
+    second = assemble(job_of(entry), tiny())
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    losses += [float(train_step(second, batches(), second.lr)["loss"]) for _ in range(2)]
+    assert losses == whole
+
+
+@entries("activations")
+def test_recomputing_leaves_evaluation_alone(entry):
+    plain, wrapped = (assemble(job, tiny()) for job in (PLAIN, job_of(entry)))
+    assert mean_loss(wrapped, batches()) == mean_loss(plain, batches())
