@@ -25,10 +25,10 @@ from satchel.run.assemble import Assembly
 from satchel.run.checkpoint import KEPT, Checkpoints, pull_tensors, push_tensors
 from satchel.run.data import Dataset
 from satchel.run.folder import claim, fingerprint
+from satchel.run.governor import Governor
 from satchel.run.interrupt import Interrupt
 from satchel.run.metrics import FILE, MetricsLog, read_metrics
 from satchel.run.plot import plot
-from satchel.run.pressure import Governor
 from satchel.run.step import accumulate, mean_loss, update
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from satchel.core.report import Report
 from satchel.run import trainer
 from satchel.run.assemble import assemble
 from satchel.run.data import read_dataset
+from satchel.run.governor import Governor
 from satchel.run.metrics import read_metrics
-from satchel.run.pressure import Governor
 from satchel.run.trainer import train
 from tests.run.toys import CharTokenizer, toy_decoder, toy_job
 from tests.tolerances import TOLERANCE

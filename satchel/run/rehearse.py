@@ -1,0 +1,181 @@
+"""Run a job without its memory: the job's own code on fake tensors, in a model of a few layers, extended to all.
+
+    rehearse(job, config).peak.peak_bytes   the most that the job's tensors take, at any instant of it
+
+No method has a memory formula. What is counted is what the code of the job allocates, when, and until when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
+
+from satchel.core.book import make
+from satchel.core.job import TuneJob
+from satchel.core.seams import Activations
+from satchel.model.batch import Batch
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.load import fill
+from satchel.model.save import outgoing
+from satchel.model.stored import FakeReader, Part
+from satchel.run.assemble import Assembly, assemble
+from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
+from satchel.run.step import train_step
+from satchel.run.tracker import Tracker, Work
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a job will take of the device that computes, its tensors alone."""
+
+    phases: tuple[Phase, ...]  # in the order of the job
+    work: Counter[Work]  # of one optimizer step
+    tokens: int  # of one optimizer step
+
+    @property
+    def peak(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+
+class _NoFiles(FakeReader):
+    """Reads parameters of any name from nowhere. What the real reader holds beside them is a piece of 128 KiB."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def read(self, part: Part, out: Tensor) -> None:
+        """Leaves `out` as it is."""
+
+
+def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), device: str = "cpu") -> Rehearsal:
+    """Rehearse a tune job; it takes about a second, whatever the model's size.
+
+    `lengths` are the documents of its largest micro-batch; without, rows of the full context. Raises UserError where
+    the job itself would.
+    """
+    rows = job.micro_batch or job.batch
+    micro_batches = -(-job.batch // rows)
+    stands = stand_ins(config.layer_kinds, shallow_depth(config.layer_kinds))
+    with FakeTensorMode(), Tracker() as tracker:
+        batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
+        assembly = _stage(job, dataclasses.replace(config, layers=max(stands) + 1), device, tracker)
+        for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
+            tracker.mark("train", "step")
+            begin = len(tracker.segments) - 1
+            train_step(assembly, batches, assembly.lr)
+            _label_state(assembly, tracker)
+        step = tracker.segments[begin:]
+        tracker.mark("evaluate", "step")
+        _evaluate(assembly, batches[0])
+        tracker.mark("save", "step")
+        _save(assembly)
+    update = [s for s in step if s.name[1] == "update"]
+    work = total_work([s for s in step if s.name[1] != "update"], stands)
+    work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
+    work.update(_scaled(update, stands))
+    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context)
+
+
+@dataclass(frozen=True)
+class _Marking:
+    """An activation policy that marks where each block's forward and backward begin, around the job's own."""
+
+    inner: Activations | None
+    tracker: Tracker
+
+    def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
+        run = self.inner.wrap(block, index, depth) if self.inner else block
+
+        def marked(x_BTD: Tensor, *rest: Any) -> Tensor:
+            phase = self.tracker.segments[-1].name[0]
+            self.tracker.mark(phase, FORWARD, index)
+            y_BTD = run(x_BTD, *rest)
+            if y_BTD.requires_grad:
+                y_BTD.register_hook(lambda _: self.tracker.mark(phase, BACKWARD, index))
+            return y_BTD
+
+        return marked
+
+
+def _stage(job: TuneJob, config: ModelConfig, device: str, tracker: Tracker) -> Assembly:
+    """Build and assemble the job, with every parameter labelled and every stretch of a step marked."""
+    tracker.mark("load", "model")
+    shell = Decoder(config, DTYPES[job.dtype], device="meta")
+    parts = {name: Part(name) for name, _ in shell.named_parameters()}
+    decoder = fill(shell, parts, _NoFiles(), device, make("format", job.format))
+    _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
+    tracker.mark("load", "assemble")
+    assembly = assemble(job, decoder)
+    _label(decoder.named_parameters(), "adapter", tracker)
+    decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker))
+    (decoder.model.norm or decoder.lm_head).register_forward_pre_hook(
+        lambda *_: tracker.mark(tracker.segments[-1].name[0], "head")
+    )
+    for name, parameter in assembly.parameters:
+        parameter.register_post_accumulate_grad_hook(partial(_label_gradient, name, tracker))
+    assembly.optimizer.register_step_pre_hook(lambda *_: tracker.mark("train", "update"))
+    return assembly
+
+
+def _label(named: Iterable[tuple[str, Tensor]], account: str, tracker: Tracker) -> None:
+    for name, tensor in named:
+        tracker.label([tensor.data], account, _layer(name))
+
+
+def _label_gradient(name: str, tracker: Tracker, parameter: nn.Parameter) -> None:
+    if parameter.grad is not None:
+        tracker.label([parameter.grad], "gradients", _layer(name))
+
+
+def _label_state(assembly: Assembly, tracker: Tracker) -> None:
+    names = {id(parameter): name for name, parameter in assembly.parameters}
+    for parameter, state in assembly.optimizer.state.items():
+        tensors = [value for value in tree_iter(state) if isinstance(value, Tensor)]
+        tracker.label(tensors, "optimizer", _layer(names.get(id(parameter), "")))
+
+
+def _layer(name: str) -> int | None:
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+@torch.no_grad()
+def _evaluate(assembly: Assembly, batch: Batch) -> None:
+    assembly.model.eval()
+    assembly.objective.loss(assembly.model, batch, assembly.rng)
+
+
+def _save(assembly: Assembly) -> None:
+    """Write what the job leaves behind, tensor by tensor, to nowhere."""
+    if assembly.adapter is None:
+        for tensor in outgoing(assembly.model):
+            tensor.make()
+
+
+def _batch(lengths: tuple[int, ...]) -> Batch:
+    tokens_1N = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    return Batch(tokens_1N, torch.zeros_like(tokens_1N), lengths, sum(lengths))
+
+
+def _scaled(update: list, stands: list[int]) -> Counter[Work]:
+    """The optimizer's work in the deep model: it goes through the layers' parameters one after the other."""
+    depth, work = max(stands) + 1, Counter()
+    for segment in update:
+        for item, count in segment.work.items():
+            work[item] += count if count < depth else round(count * len(stands) / depth)
+    return work

@@ -1,0 +1,143 @@
+"""Watches a run operator by operator: which bytes live when, and what the operators cost.
+
+A `Tracker` is a dispatch mode. It works the same on fake tensors (a rehearsal) and on real ones. The run is cut into
+segments by `mark(name)`; every storage is known by the segment that made it, and may be labelled afterwards with its
+account and its layer, since a gradient is only known as one when the backward pass is over.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+ENGINE = "_engine_run_backward"  # the function of torch.autograd under which the engine runs
+WRAPPERS = ("_dynamo", "_compile.py")  # files of torch that stand between an operator's caller and a dispatch mode
+
+
+class Work(NamedTuple):
+    """What one call of an operator does; a run is a count of these."""
+
+    kind: str  # 'bfloat16', 'float32', ...: a matrix product in that dtype; 'attention/...'; 'move': everything else
+    flops: int  # floating-point operations; 0 for 'move'
+    moved_bytes: int  # read and written
+
+
+class Label(NamedTuple):
+    """Where the bytes of a storage are booked."""
+
+    account: str
+    layer: int | None  # None: of no layer
+
+
+@dataclass
+class Segment:
+    """One stretch of the run between two marks: its storage events in order, its work."""
+
+    name: tuple
+    events: list[tuple[int, int]] = field(default_factory=list)  # storage number; +bytes at birth, -bytes at death
+    work: Counter[Work] = field(default_factory=Counter)
+
+
+class Tracker(TorchDispatchMode):
+    """Records while active. `segments` and `labels` are what it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.segments = [Segment(("start",))]
+        self.labels: dict[int, Label] = {}  # by storage number, for those that were labelled
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # id of a living storage -> its number
+        self._count = 0
+        self._sum: tuple[int, int] | None = None  # the sum that autograd has just made: number, size
+        self._same: dict[int, int] = {}  # number of such a sum -> number of the storage that it would be written into
+
+    def mark(self, *name: Any) -> None:
+        """Begin the segment `name`."""
+        self.segments.append(Segment(name))
+
+    def label(self, tensors: Iterable[Tensor], account: str, layer: int | None = None) -> None:
+        """Book these tensors' storages under an account and a layer, from their birth on; the first label stays."""
+        for tensor in tensors:
+            number = self._see(tensor)
+            self.labels.setdefault(self._same.get(number, number), Label(account, layer))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        self._sum = None
+        out = func(*args, **kwargs)
+        every = (t for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor) and t.device.type != "meta")
+        tensors = {id(t): t for t in every}
+        for tensor in tensors.values():
+            self._see(tensor)
+        if not func.is_view and func.namespace != "prim":
+            self.segments[-1].work[_work(func, args, kwargs, out, list(tensors.values()))] += 1
+        if func is aten.add.Tensor and _autograd_adds():
+            self._sum = self._see(out), out.untyped_storage().nbytes()
+        return out
+
+    def _see(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._live:
+            self._count += 1
+            number, size = self._count, storage.nbytes()
+            self._live[key] = number, weakref.ref(storage, lambda _: self._gone(key, number, size))
+            self.segments[-1].events.append((number, size))
+        return self._live[key][0]
+
+    def _gone(self, key: int, number: int, size: int) -> None:
+        del self._live[key]
+        number, events = self._same.get(number, number), self.segments[-1].events
+        if self._sum and self._sum[1] == size and events[-1] == self._sum:
+            self._same[events.pop()[0]] = number  # the sum lives on in its place
+            self._sum = None
+        else:
+            events.append((number, -size))
+
+
+def _autograd_adds() -> bool:
+    """Whether autograd itself, no Python of a backward function, adds up two gradients of one tensor.
+
+    It does so in place, into one that nobody else holds, except while a dispatch mode looks on; the tracker takes the
+    copy back out of its books.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame: FrameType | None = sys._getframe(2)
+    while frame and any(part in frame.f_code.co_filename for part in WRAPPERS):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == ENGINE
+
+
+def _work(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor]) -> Work:
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    counter = FLOPS.get(func._overloadpacket)
+    if counter is None:
+        return Work("move", 0, moved)
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
+    kind = f"attention/{dtype}" if "attention" in func.__name__ else dtype
+    return Work(kind, int(counter(*args, **kwargs, out_val=out)), moved)
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}

@@ -1,0 +1,114 @@
+"""A rehearsal against the run that it rehearses: the bytes of torch's allocator, on real tensors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from satchel.core.job import TuneJob
+from satchel.model.config import ModelConfig
+from satchel.native.build import compiler
+from satchel.run.rehearse import rehearse
+
+TOY = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 6}
+TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 320, "rms_norm_eps": 1e-5}
+TOY |= {"tie_word_embeddings": True, "max_position_embeddings": 1024, "hidden_act": "silu"}
+LLAMA_70B = TOY | {"vocab_size": 128256, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+LLAMA_70B |= {"num_key_value_heads": 8, "intermediate_size": 28672, "tie_word_embeddings": False}
+
+REAL = """
+import dataclasses, json, sys
+import torch
+from satchel.run.memory import install_pool
+pool = install_pool()
+torch.set_num_threads(1)
+from satchel.core.job import TuneJob
+from satchel.core.book import make
+from satchel.model.batch import Batch
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.linear import linears, swap
+from satchel.run.assemble import assemble
+from satchel.run.rehearse import DTYPES
+from satchel.run.step import train_step
+hf, fields, lengths = json.loads(sys.argv[1])
+job = TuneJob(**fields)
+decoder = Decoder(ModelConfig.from_hf(hf), DTYPES[job.dtype])
+decoder.init_weights()
+storage = make("format", job.format)
+for path, linear in linears(decoder).items() if storage else ():
+    swap(decoder, path, storage.pack(linear.weight.detach()))
+del linear if storage else path
+pool.reset_peak()
+assembly = assemble(job, decoder)
+rows = job.micro_batch or job.batch
+row = torch.randint(0, 4096, (1, sum(lengths) or rows * job.context))
+batch = Batch(row, row.roll(-1), tuple(lengths) or (job.context,) * rows, row.numel())
+for _ in range(2):
+    train_step(assembly, [batch] * (job.batch // rows), 1e-3)
+print(pool.peak_bytes)
+""".replace("del linear if storage else path\n", "linear = None\n")
+
+JOBS = [
+    {},
+    {"adapter": "none"},
+    {"adapter": "none", "dtype": "fp32", "micro_batch": 2},
+    {"activations": "full"},
+    {"format": "int8"},
+    {"micro_batch": 1, "context": 512},
+]
+
+needs_pool = pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="needs Linux and a C++ compiler")
+
+
+@needs_pool
+@pytest.mark.parametrize("fields", JOBS, ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items()) or "plain")
+def test_peak_of_live_bytes_is_the_real_runs_within_two_percent(fields: dict) -> None:
+    check(fields, ())
+
+
+@needs_pool
+def test_documents_of_uneven_length_are_rehearsed_as_they_lie() -> None:
+    check({"batch": 2}, (256, 100, 100, 56))
+
+
+def check(fields: dict, lengths: tuple[int, ...]) -> None:
+    fields = {"model": "toy", "data": "demo", "context": 256, "batch": 4} | fields
+    argument = json.dumps([TOY, fields, lengths])
+    done = subprocess.run([sys.executable, "-c", REAL, argument], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    train = next(p for p in rehearse(TuneJob(**fields), ModelConfig.from_hf(TOY), lengths).phases if p.name == "train")
+    assert train.peak_bytes == pytest.approx(int(done.stdout), rel=0.02)
+
+
+def test_a_70b_model_is_rehearsed_without_its_memory_or_its_time() -> None:
+    config = ModelConfig.from_hf(LLAMA_70B)
+    job = TuneJob(model="70b", data="demo", context=4096, batch=1)
+    rehearse(job, dataclasses.replace(config, layers=3))  # imports and caches
+    start = time.process_time()
+    rehearsal = rehearse(job, config)
+    assert time.process_time() - start < 3
+    weights = 2 * config.parameters
+    assert rehearsal.phases[-1].accounts["weights"] == pytest.approx(weights, rel=1e-3)
+    assert rehearsal.peak.peak_bytes > 1.05 * weights
+
+
+def test_work_counts_the_matrix_products_of_the_whole_model() -> None:
+    config = ModelConfig.from_hf(TOY | {"num_hidden_layers": 30})
+    job = TuneJob(model="toy", data="demo", context=256, batch=4, micro_batch=1, dtype="fp32")
+    whole = rehearse(job, config)
+    flops = sum(item.flops * count for item, count in whole.work.items() if item.kind == "float32")
+    matrices = config.parameters - 4096 * 128
+    least = 4 * matrices * 1024 + 6 * 4096 * 128 * 1024  # forward and gradient of x; the head's in the forward pass
+    assert least < flops < 1.3 * least
+
+
+def test_rehearsing_draws_no_random_numbers_from_the_process() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    rehearse(TuneJob(model="toy", data="demo", context=64, batch=2), ModelConfig.from_hf(TOY))
+    assert torch.equal(before, torch.get_rng_state())
