@@ -13,7 +13,7 @@ from satchel.core.errors import ModelError, UnknownName
 
 # N tokens, I inputs, O outputs
 
-HEADS = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier"})
+OUTER = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier", "project_in", "project_out"})
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -52,14 +52,14 @@ def swap(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
 def linears(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Linear maps by path, in the model's order.
 
-    A target is a path, the end of one ('q_proj', 'self_attn.q_proj'), or a shell pattern over the whole path
-    ('model.layers.[0-3].*'). Without targets: all but the model's head and the routers of sparse blocks.
+    A target is a path, the end of one ('self_attn.q_proj'), or a shell pattern for either: 'layers.[0-3].*'.
+    Without targets: all but those before and after the blocks, and the routers of sparse blocks.
     Raises UnknownName for a target that matches nothing.
     """
     found = dict(_walk(model, "", set()))
     if not targets:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return {path: m for path, m in found.items() if m is not head and _last(path) not in HEADS | ROUTERS}
+        return {path: m for path, m in found.items() if m is not head and _last(path) not in OUTER | ROUTERS}
     for target in targets:
         if not any(_matches(path, target) for path in found):
             raise UnknownName("linear map", target, {_last(path) for path in found}, where="targets")
@@ -79,7 +79,7 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def _matches(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
+    return fnmatch.fnmatchcase(path, target) or fnmatch.fnmatchcase(path, "*." + target)
 
 
 def _last(path: str) -> str:

@@ -1,0 +1,141 @@
+"""Adapters in PEFT's layout: what is saved here loads there with the same logits, and the other way round.
+
+Where a checkpoint fuses maps that are apart here, loading gives each of ours the same A and its own rows of B. Saving
+stacks the A's and puts the B's on a diagonal, exactly, at the sum of their ranks; A's that are equal are shared again.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from satchel.adapt._peft_config import CONFIG, WEIGHTS, PeftConfig, config_of, read_config
+from satchel.adapt._peft_names import Low, fuse, split, their_paths
+from satchel.adapt.dora import Dora
+from satchel.adapt.lora import Lora
+from satchel.core.errors import JobError, ModelError, UserError
+from satchel.model.adapters import adapted, install
+from satchel.model.safetensors_io import read_safetensors, write_safetensors
+from satchel.model.stored import Reader
+
+KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
+SPELLED = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude_vector": "lora_magnitude_vector"}
+
+
+def save_peft(model: nn.Module, folder: str | Path, base_name: str = "", name: str = "default") -> None:
+    """Write the adapter `name` of `model` for PEFT; a folder that holds a configuration holds all the rest.
+
+    `base_name` is the folder or hub id of the model that was tuned. Raises UserError if there is no such adapter or
+    PEFT has no layout for it, JobError if it cannot be written.
+    """
+    places = {path: place for path, place in adapted(model) if name in place.adapters}
+    ours = {path: _low(path, place.methods[name], place.adapters[name]) for path, place in places.items()}
+    if not ours:
+        raise UserError(f"nothing to save: the model has no adapter '{name}'")
+    if len({isinstance(low.method, Dora) for low in ours.values()}) > 1:
+        raise UserError(f"adapter '{name}' is dora on some maps only, which PEFT cannot hold in one folder; merge it")
+    theirs = fuse(model, ours)
+    config = config_of({path: low.method for path, low in theirs.items()}, their_paths(model).keys(), base_name)
+    _write(Path(folder), config, {key: t for path, low in theirs.items() for key, t in _spell(path, low).items()})
+
+
+def load_peft(
+    model: nn.Module, folder: str | Path, name: str = "default", dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """Attach the adapter that PEFT or `save_peft` wrote; the paths of its maps are returned.
+
+    Raises ModelError, before the model is touched, if the folder is incomplete, asks for what is not supported, or
+    was made for another model.
+    """
+    config = read_config(Path(folder))
+    theirs = _read(config, Path(folder) / WEIGHTS)
+    _require_complete(config, theirs, [path for path in their_paths(model) if config.targets(path)])
+    ours = split(model, theirs)
+    install(model, {path: low.method for path, low in ours.items()}, torch.Generator(), dtype=dtype, name=name)
+    with torch.no_grad():
+        for path, low in ours.items():
+            for parameter, tensor in _tensors(model.get_submodule(path).adapters[name], low):
+                parameter.copy_(tensor)
+    return list(ours)
+
+
+def _low(path: str, method: Lora, module: nn.Module) -> Low:
+    if not isinstance(method, Lora):
+        raise UserError(f"{path}: PEFT's LoRA layout has no place for {method.name}; merge it instead")
+    tensors = (getattr(module, part, None) for part in ("A_RI", "B_OR", "m_O"))
+    return Low(method, *(None if t is None else t.detach().float() for t in tensors))
+
+
+def _tensors(module: nn.Module, low: Low) -> list[tuple[nn.Parameter, Tensor]]:
+    pairs = [(module.A_RI, low.A_RI), (module.B_OR, low.B_OR)]
+    return pairs if low.m_O is None else [*pairs, (module.m_O, low.m_O)]
+
+
+def _spell(path: str, low: Low) -> dict[str, Tensor]:
+    parts = zip(SPELLED.values(), (low.A_RI, low.B_OR, low.m_O), strict=True)
+    return {f"base_model.model.{path}.{part}": t for part, t in parts if t is not None}
+
+
+def _read(config: PeftConfig, file: Path) -> dict[str, Low]:
+    if not file.exists():
+        other = " (adapter_model.bin is a pickle, which may run code: convert it)" if _pickled(file) else ""
+        raise ModelError(f"{file.parent}: no {WEIGHTS}{other}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    with Reader(read_safetensors(file)) as reader:
+        for key, stored in reader.tensors.items():
+            if not (match := KEY.fullmatch(key)) or "lora_embedding" in key:
+                raise ModelError(f"{file}: '{key}' is no LoRA or DoRA of a linear map; merge it with PEFT first")
+            tensor = parts.setdefault(match["path"], {})[match["part"]] = torch.empty(stored.shape)
+            reader.read(key, tensor)
+    return {path: _assemble(config, path, tensors) for path, tensors in parts.items()}
+
+
+def _pickled(file: Path) -> bool:
+    return file.with_suffix(".bin").exists()
+
+
+def _assemble(config: PeftConfig, path: str, tensors: Mapping[str, Tensor]) -> Low:
+    wanted = set(SPELLED) if config.decomposed else {"A", "B"}
+    if wanted != tensors.keys():
+        raise ModelError(f"{path}: the adapter holds {sorted(tensors)}, its configuration asks for {sorted(wanted)}")
+    low = Low(config.method(path), tensors["A"], tensors["B"], tensors.get("magnitude_vector"))
+    if not low.method.rank == low.A_RI.shape[0] == low.B_OR.shape[1]:
+        raise ModelError(
+            f"{path}: rank {low.method.rank} by {CONFIG}, {low.A_RI.shape[0]} and {low.B_OR.shape[1]} in {WEIGHTS}; "
+            "they are not of one adapter"
+        )
+    return low
+
+
+def _require_complete(config: PeftConfig, theirs: Mapping[str, Low], meant: list[str]) -> None:
+    """Routed experts may be absent: newer checkpoints fuse them, so that PEFT finds no linear map there."""
+    absent = [path for path in meant if path not in theirs and "experts" not in path.split(".")]
+    if not theirs or absent:
+        raise ModelError(
+            f"{config.source.parent}: no tensors for {absent[0] if absent else 'any map'}; saved incompletely"
+        )
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The configuration comes last: without it the folder is no adapter."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as draft:
+            entries = ((key, tuple(t.shape), t.dtype, iter([t])) for key, t in tensors.items())
+            write_safetensors(Path(draft) / WEIGHTS, entries)
+            with open(Path(draft) / CONFIG, "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            (folder / CONFIG).unlink(missing_ok=True)
+            for name in (WEIGHTS, CONFIG):
+                os.replace(Path(draft) / name, folder / name)
+    except OSError as error:
+        raise JobError(f"{folder}: the adapter could not be written ({error})") from error
