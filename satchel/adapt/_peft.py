@@ -22,7 +22,7 @@ from satchel.adapt.dora import Dora
 from satchel.adapt.lora import Lora
 from satchel.core.errors import JobError, ModelError, UserError
 from satchel.model.adapters import adapted, install
-from satchel.model.safetensors_io import read_safetensors, write_safetensors
+from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
 from satchel.model.stored import Reader
 
 KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
@@ -128,7 +128,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as draft:
-            entries = ((key, tuple(t.shape), t.dtype, iter([t])) for key, t in tensors.items())
+            entries = [Outgoing(key, tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()]
             write_safetensors(Path(draft) / WEIGHTS, entries)
             with open(Path(draft) / CONFIG, "w", encoding="utf-8") as file:
                 json.dump(config, file, indent=2)
