@@ -23,7 +23,7 @@ from satchel.adapt.lora import Lora
 from satchel.core.errors import JobError, ModelError, UserError
 from satchel.model.adapters import adapted, install
 from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
-from satchel.model.stored import Reader
+from satchel.model.stored import Part, Reader
 
 KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
 SPELLED = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude_vector": "lora_magnitude_vector"}
@@ -93,7 +93,7 @@ def _read(config: PeftConfig, file: Path) -> dict[str, Low]:
             if not (match := KEY.fullmatch(key)) or "lora_embedding" in key:
                 raise ModelError(f"{file}: '{key}' is no LoRA or DoRA of a linear map; merge it with PEFT first")
             tensor = parts.setdefault(match["path"], {})[match["part"]] = torch.empty(stored.shape)
-            reader.read(key, tensor)
+            reader.read(Part(key), tensor)
     return {path: _assemble(config, path, tensors) for path, tensors in parts.items()}
 
 
