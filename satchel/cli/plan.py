@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from satchel.cli.console import out, table
@@ -39,6 +38,7 @@ def plan_tune(
         raise typer.Exit(2)
 
 
+NAMES_WIDTH, COLUMN_WIDTH = 14, 12  # characters, spaces between columns included
 PHASES = {
     "load": "the weights arrive matrix by matrix, then adapters are put on them",
     "train": "what the forward pass keeps meets gradients and the optimizer's state",
@@ -49,22 +49,28 @@ PHASES = {
 
 
 def print_plan(plan: Plan, explain: bool = False) -> None:
-    """The ladder as a table, then the verdict; `explain` adds each phase's peak on the rung that was reached."""
-    out.print(Text(f"{plan.job.model} on {plan.device}, budget {plan.budget}\n"), _ladder(plan), sep="\n")
+    """The ladder, then the verdict; `explain` adds each phase's peak on the rung that was reached."""
+    out.print(Text(f"{plan.job.model} on {plan.device}, budget {plan.budget}\n"))
+    _print_ladder(plan)
     out.print(_verdict(plan))
     if explain and plan.rungs:
-        out.print("", _phases(plan.chosen or plan.rungs[-1]), sep="\n")
+        rung = plan.chosen or plan.rungs[-1]
+        out.print(Text(f"\nThe phases of rung {plan.rungs.index(rung) + 1}, tensors alone\n"))
+        _print_phases(rung)
 
 
-def _ladder(plan: Plan) -> Table:
-    accounts = _accounts(rung.accounts for rung in plan.rungs)
-    rows = table("", "rung", "peak", *accounts, "step", "costs", right=("peak", "step", *accounts))
-    for rung in plan.rungs:
-        change = ", ".join(rung.changes) or "the job as given"
-        seconds = format_seconds(rung.seconds_per_step)
-        split = _split(rung.accounts, accounts)
-        rows.add_row(_mark(rung, plan), Text(change), format_bytes(rung.peak_bytes), *split, seconds, Text(rung.costs))
-    return rows
+def _print_ladder(plan: Plan) -> None:
+    columns = [
+        Column(str(number), rung.accounts, rung.peak_bytes, format_seconds(rung.seconds_per_step), _mark(rung, plan))
+        for number, rung in enumerate(plan.rungs, 1)
+    ]
+    _print_columns("rung", columns, ("step", ""))
+    changes = table("", "what changes", "what that costs")
+    for column, rung in zip(columns, plan.rungs, strict=True):
+        changes.add_row(
+            column.name, Text(", ".join(rung.changes) or "nothing: the job as given"), Text(rung.costs or "-")
+        )
+    out.print("", changes, sep="\n")
 
 
 def _mark(rung: Rung, plan: Plan) -> Text:
@@ -86,28 +92,48 @@ def _verdict(plan: Plan) -> Text:
     return Text(f"\nFits {plan.budget} {how}. The smallest budget that would do: {smallest}.")
 
 
-def _phases(rung: Rung) -> Table:
-    """Each phase's peak by account; the phase with the highest peak is the job's."""
+def _print_phases(rung: Rung) -> None:
+    """Each phase's peak by account, tensors alone; the highest is the job's."""
     phases = rung.rehearsal.phases
-    accounts = _accounts(phase.accounts for phase in phases)
-    rows = table("phase", "peak", *accounts, "why", right=("peak", *accounts))
+    _print_columns("phase", [Column(phase.name, phase.accounts, phase.peak_bytes) for phase in phases])
+    reasons = table("", "what stands at its peak")
     for phase in phases:
-        split = _split(phase.accounts, accounts)
-        rows.add_row(phase.name, format_bytes(phase.peak_bytes), *split, Text(_why(phase)))
-    return rows
-
-
-def _accounts(peaks: Iterable[dict[str, int]]) -> list[str]:
-    """The accounts that hold anything in one of the peaks: those of the cards in their order, then others."""
-    held = {name for peak in peaks for name, size in peak.items() if size}
-    return [name for name in ACCOUNTS if name in held] + sorted(held - set(ACCOUNTS))
-
-
-def _split(peak: dict[str, int], accounts: Iterable[str]) -> list[str]:
-    return [format_bytes(peak[name]) if peak.get(name) else "-" for name in accounts]
+        reasons.add_row(phase.name, Text(_why(phase)))
+    out.print("", reasons, sep="\n")
 
 
 def _why(phase: Phase) -> str:
     name, size = max(phase.accounts.items(), key=lambda item: item[1], default=("nothing", 0))
     share = size / max(phase.peak_bytes, 1)
-    return f"{name} are {share:.0%}; {PHASES.get(phase.name, '')}".rstrip("; ")
+    return f"{share:.0%} {name}; {PHASES.get(phase.name, '')}".rstrip("; ")
+
+
+class Column(NamedTuple):
+    """One rung or phase: what it holds by account, and what is said of it below."""
+
+    name: str
+    accounts: dict[str, int]
+    peak_bytes: int
+    step: str = ""
+    mark: Text = Text()
+
+
+def _print_columns(title: str, columns: Sequence[Column], footer: Sequence[str] = ()) -> None:
+    """Accounts down, rungs or phases across, as many side by side as the terminal is wide."""
+    held = {name for column in columns for name, size in column.accounts.items() if size}
+    accounts = [name for name in ACCOUNTS if name in held] + sorted(held - set(ACCOUNTS))
+    across = max(1, (out.width - NAMES_WIDTH) // COLUMN_WIDTH)
+    for start in range(0, len(columns), across):
+        shown = columns[start : start + across]
+        names = [column.name for column in shown]
+        rows = table(title, *names, right=tuple(names))
+        for account in accounts:
+            rows.add_row(account, *(_size(column.accounts.get(account)) for column in shown))
+        rows.add_row("peak", *(Text(format_bytes(column.peak_bytes), "bold") for column in shown))
+        for label, field in zip(footer, ("step", "mark"), strict=False):
+            rows.add_row(label, *(getattr(column, field) for column in shown))
+        out.print(rows)
+
+
+def _size(count: int | None) -> str:
+    return format_bytes(count) if count else "-"
