@@ -53,7 +53,7 @@ class AdamStepper(Stepper):
         adam_(
             p.detach().view(-1),
             p.grad.view(-1),
-            [value for value in state.values() if isinstance(value, Tensor)],
+            self.held(state, "low"),
             store,
             group["rounding"],
             group["beta1"],
@@ -63,6 +63,11 @@ class AdamStepper(Stepper):
             1 - group["lr"] * group["weight_decay"],
             seed,
         )
+
+    @staticmethod
+    def held(state: dict[str, Any], *others: str) -> list[Tensor]:
+        """The moments' tensors and those named, in the order of their names, whatever order they were loaded in."""
+        return [state[name] for name in sorted(state) if name.startswith("exp_avg") or name in others]
 
     @staticmethod
     def low_bits(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

@@ -166,6 +166,33 @@ def _(*_: Any) -> None:
 adam_ = torch.ops.satchel.adam_.default
 
 
+torch.library.define(
+    "satchel::move_", "(Tensor(a!) x_N, Tensor step_N, Tensor(b!)? low_N, str rounding, float keep, int seed) -> ()"
+)
+
+
+@torch.library.impl("satchel::move_", "default")
+def _move_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
+    """x = keep * (x + step), landed as `rounding` says; low_N is the low half of x's bits, if that is kept."""
+    rng = torch.Generator(x_N.device).manual_seed(seed)
+    noisy = rounding == "stochastic" and x_N.dtype != torch.float32
+    for cut in slices(x_N.numel(), x_N.device):
+        x = widen(x_N[cut]) if low_N is None else join(x_N[cut], low_N[cut])
+        x.add_(step_N[cut]).mul_(keep)
+        if low_N is None:
+            land_(x_N[cut], x, draw(x.numel(), rng) if noisy else None)
+        else:
+            split_(x_N[cut], low_N[cut], x)
+
+
+@torch.library.register_fake("satchel::move_")
+def _(*_: Any) -> None:
+    return None
+
+
+move_ = torch.ops.satchel.move_.default
+
+
 def decay_groups(named_parameters: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices, which decay, and norms and biases, which do not. Raises UserError on a dtype it cannot."""
     for name, p in named_parameters:
