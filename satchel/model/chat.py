@@ -52,12 +52,17 @@ class ChatTemplate:
 
     def _turn(self, messages: Messages, i: int, text: str) -> Span:
         header, turn = self.render(messages[:i], generate=True), self.render(messages[: i + 1])
-        if not (turn.startswith(header) and text.startswith(turn)):
-            raise ModelError(
-                "the model's chat template rewrites earlier turns, so its answers cannot be told apart; train on "
-                "one answer per conversation, or on a template whose answers lie in {% generation %} blocks"
-            )
-        return len(header), len(turn)
+        if text.startswith(header) and turn.startswith(header):
+            # A turn that later ones follow may lack what it has as the last: Qwen 3 drops its thinking.
+            content = str(messages[i].get("content") or "").strip()
+            tail = turn[len(header) :].rpartition(content)[2] if content else ""
+            for said in (turn[len(header) :], content + tail):
+                if said and text.startswith(said, len(header)):
+                    return len(header), len(header) + len(said)
+        raise ModelError(
+            "the model's chat template rewrites earlier turns, so its answers cannot be told apart; train on one "
+            "answer per conversation, or on a template whose answers lie in {% generation %} blocks"
+        )
 
     def _marked(self, messages: Messages, generate: bool) -> str:
         plain = json.loads(json.dumps(list(messages)))  # nothing with methods reaches the template

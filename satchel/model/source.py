@@ -62,10 +62,11 @@ def load_tokenizer(source: Source | str) -> Tokenizer:
     """The tokenizer that belongs to a model. ModelError if there is none or it does not match the model."""
     source = find_source(source) if isinstance(source, str) else source
     tokenizer = gguf_tokenizer(source.metadata) if source.kind == "gguf" else folder_tokenizer(source.path)
-    if tokenizer.size > source.config.vocab:
-        token = tokenizer.backend.id_to_token(tokenizer.size - 1)
+    last = tokenizer.size - 1
+    if last >= source.config.vocab:
         raise ModelError(
-            f"{source.name}: the tokenizer does not match the model: its token '{token}' has id {tokenizer.size - 1}, "
+            f"{source.name}: the tokenizer does not match the model: its token "
+            f"'{tokenizer.backend.id_to_token(last)}' has id {last}, "
             f"the model has {source.config.vocab} rows of embeddings; take both from the same place"
         )
     return tokenizer

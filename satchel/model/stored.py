@@ -19,7 +19,7 @@ from satchel.core.errors import ModelError
 from satchel.model.encodings import ENCODINGS, Encoding
 
 PIECE = 1 << 15  # numbers decoded at a time: what torch does on one thread, within a core's own cache
-AROUND = 1 << 16  # bytes that the kernel maps around one that is touched
+WINDOW = 1 << 22  # bytes of a file that stay resident; the kernel maps some more around what is touched
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Reader:
     def __init__(self, tensors: Mapping[str, Stored]) -> None:
         self.tensors = tensors
         self._maps: dict[Path, mmap.mmap] = {}
-        self._window = (0, 0)
+        self._touched = 0
 
     def __enter__(self) -> "Reader":
         return self
@@ -98,22 +98,22 @@ class Reader:
     def raw(self, stored: Stored, start: int, nbytes: int) -> Tensor:
         """Bytes [start, start + nbytes) of a tensor, uint8 [nbytes]; mapped, so valid until `release`."""
         mapped = self._maps.get(stored.path) or self._map(stored.path)
-        self._window = (stored.start + start, nbytes)
-        if sum(self._window) > len(mapped):
+        if stored.start + start + nbytes > len(mapped):
             raise ModelError(f"{stored.path}: '{stored.name}' ends past the end of the file; fetch the file again")
+        self._touched += nbytes
         return torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=stored.start + start)
 
     def release(self, stored: Stored) -> None:
-        """Give back the pages that `raw` touched last: the kernel keeps them cached, we do not."""
-        start, nbytes = self._window
-        page = start // AROUND * AROUND
-        mapped = self._maps[stored.path]
-        mapped.madvise(mmap.MADV_DONTNEED, page, min(start + nbytes + AROUND, len(mapped)) - page)
+        """Give the file's pages back once WINDOW bytes were touched: the kernel keeps them cached, we do not."""
+        if self._touched >= WINDOW and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[stored.path].madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
 
     def _map(self, path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants it writable
-        mapped.madvise(mmap.MADV_SEQUENTIAL)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
         self._maps[path] = mapped
         return mapped
 

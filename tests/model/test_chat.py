@@ -51,6 +51,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert len(ChatTemplate(last_only, {}).spans(MESSAGES[:3], ENDS)[1]) == 1
 
 
+def test_thinking_that_earlier_turns_lose_does_not_hide_their_answers():
+    thinking = CHATML.replace(
+        "message['content'] +",
+        "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content'] +",
+    )
+    kept = [MESSAGES[1], {"role": "assistant", "content": "Hello!"}, *MESSAGES[3:]]
+    text, spans = ChatTemplate(thinking, {}).spans(kept, ENDS)
+    assert text == ChatTemplate(thinking, {}).render(kept)
+    said = [text[a:b] for a, b in spans]
+    assert said == ["Hello!<|im_end|>", "<think>\n\n</think>\n\n So long. <|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -14,6 +16,7 @@ from satchel.model import source as sources
 from satchel.model.decoder import Decoder
 from satchel.model.linear import linears
 from satchel.model.load import fill, load
+from satchel.model.save import save
 from satchel.model.source import find_source, load_tokenizer
 from satchel.model.stored import FakeReader
 from tests.model.families import hf_model
@@ -53,6 +56,28 @@ def test_the_demo_model_answers(demo):
     with torch.no_grad():
         hidden_BTD = demo.hidden(torch.tensor([ids]))
         assert tokenizer.decode([int(demo.logits(hidden_BTD[:, -1]).argmax())]) == " Paris"
+
+
+MEASURE = """
+import sys, time, torch
+def peak(what):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")
+before, start = peak("VmRSS"), time.process_time()
+from satchel.model.load import load
+model = load(sys.argv[1])
+print((peak("VmHWM") - before) / sum(p.nbytes for p in model.parameters()), time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="resident memory is read from Linux's /proc")
+def test_a_load_takes_little_more_than_the_model_and_few_seconds(demo, tmp_path):
+    save(demo, tmp_path / "saved")
+    for name in ("demo", str(tmp_path / "saved")):
+        run = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=True)
+        times_the_model, cpu_s = map(float, run.stdout.split())
+        assert times_the_model <= 1.3 and cpu_s <= 5
 
 
 def test_a_format_packs_the_layers_matrices_and_nothing_else(folder):
