@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from satchel.core.book import make
+from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
 from satchel.core.seams import Adapter, Objective, Schedule
 from satchel.model.adapters import attach
@@ -35,12 +36,14 @@ class Assembly:
 def assemble(job: TuneJob, decoder: Decoder) -> Assembly:
     """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
 
-    Raises UserError if a method or knob is unknown, or nothing would train.
+    Raises UserError if a method or knob is unknown, or the context is longer than the model was made for.
     """
+    longest = decoder.config.context
+    if job.context > longest:
+        raise UserError(f"context={job.context} is longer than the model was made for; set context={longest} or less")
     rng = torch.Generator().manual_seed(job.seed)
     adapter = make("adapter", job.adapter)
     if adapter is not None:
-        decoder.requires_grad_(False)
         attach(decoder, adapter, rng)
     decoder.wrap_blocks(make("activations", job.activations))
     decoder.train()
