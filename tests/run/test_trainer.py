@@ -205,7 +205,7 @@ def test_one_row_that_does_not_fit_ends_the_run_with_a_cure(tmp_path, error):
     def refuse(call, batch, loss):
         raise error
 
-    with pytest.raises(JobError, match="one row at a time; shorten context or raise memory"):
+    with pytest.raises(JobError, match="one row at a time; shorten context, raise memory"):
         go(toy_job(tmp_path), spoil=refuse)
 
 
