@@ -40,8 +40,11 @@ def test_blockwise_gradients_are_those_of_the_formula(case: dict, monkeypatch: p
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_documents_of_a_row_do_not_see_each_other(case: dict, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "short"), [(torch.float32, 512), (torch.bfloat16, 512), (torch.bfloat16, 0)])
+def test_documents_of_a_row_do_not_see_each_other(
+    case: dict, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORT", short)
     q, k, v = (draw(1, 12, heads, 6, seed=heads, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
     out = attend_documents(q, k, v, (5, 1, 6), scale=0.4, **case)
     alone = [formula(*(t[:, a:b].double() for t in (q, k, v)), scale=0.4, **case) for a, b in ((0, 5), (5, 6), (6, 12))]
