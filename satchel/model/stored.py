@@ -5,6 +5,7 @@ dtype, another device and any strides, and gives the file's pages back as it goe
 beside the destination there is one piece of PIECE numbers. A `FakeReader` rehearses that without files.
 """
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -65,7 +66,8 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         for mapped in self._maps.values():
-            mapped.close()
+            with contextlib.suppress(BufferError):  # ctrl-C while a piece was read: its frame still holds the bytes
+                mapped.close()
         self._maps.clear()
 
     def read(self, part: Part, out: Tensor) -> None:

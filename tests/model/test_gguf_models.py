@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from satchel.core.errors import ModelError
 from satchel.model.load import load
+from satchel.model.save import save
 from satchel.model.source import find_source
 from tests.model.families import GEMMA, MOE, SHAPE, THETA
 from tests.tolerances import TOLERANCE
@@ -94,6 +95,7 @@ def convert(model: torch.nn.Module, architecture: str, path: Path) -> None:
 def describe(writer: gguf.GGUFWriter, config: transformers.PretrainedConfig, architecture: str) -> None:
     heads, rope = config.num_attention_heads, getattr(config, "rope_parameters", None) or {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_pad_token_id(0)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -173,7 +175,11 @@ def test_a_converted_model_keeps_its_logits(case, tmp_path):
     convert(model, architecture, tmp_path / "model.gguf")
     ours = load(str(tmp_path / "model.gguf"), dtype=torch.float32)
     expected = model(TOKENS_BT).logits
-    assert (ours(TOKENS_BT) - expected).abs().max() <= 10 * TOLERANCE[torch.float32] * expected.abs().max()
+    bound = 10 * TOLERANCE[torch.float32] * expected.abs().max()
+    assert (ours(TOKENS_BT) - expected).abs().max() <= bound
+    save(ours, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert (again(TOKENS_BT).logits - expected).abs().max() <= bound
 
 
 def test_llama_3_scaling_is_recognised_by_its_divisors(tmp_path):

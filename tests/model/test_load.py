@@ -174,6 +174,16 @@ def test_damaged_headers_are_refused(folder, header):
         load(str(folder))
 
 
+def test_a_header_of_any_length_is_read(folder):
+    expected = load(str(folder))
+    whole = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    padded = (length + 3).to_bytes(8, "little") + whole[8 : 8 + length] + b"   " + whole[8 + length :]
+    (folder / "model.safetensors").write_bytes(padded)
+    found = load(str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
 def test_missing_foreign_and_misshapen_tensors_are_named(folder):
     norm = "model.layers.1.input_layernorm.weight"
     rewrite(folder, lambda tensors: tensors.update({norm: torch.ones(47)}))
