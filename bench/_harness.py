@@ -1,0 +1,66 @@
+"""What every bench shares: a measurement is a process of its own, results are one JSON file with where they come from."""
+
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from satchel.run.device import device
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def measure(module: str, argument: Any, timeout_s: float = 900) -> dict[str, Any]:
+    """Run `python -m module JSON` and parse the last line that it prints; a failure is a result too (`error`)."""
+    command = [sys.executable, "-m", module, json.dumps(argument)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result within {timeout_s:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        return {"error": said[-1] if said else "no output", "exit_code": done.returncode}
+    return json.loads(lines[-1])
+
+
+def interleave(cases: Iterable[Any], repetitions: int, seed: int = 0) -> list[Any]:
+    """Every case `repetitions` times, in rounds, each round in another order: drift of the machine hits all alike."""
+    cases, rng, order = list(cases), random.Random(seed), []
+    for _ in range(repetitions):
+        order += rng.sample(cases, len(cases))
+    return order
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle value."""
+    ranked = sorted(values)
+    return ranked[len(ranked) // 2]
+
+
+def write(name: str, title: str, table: list[dict[str, Any]], **rest: Any) -> Path:
+    """Write bench/results/NAME.json: `table` goes into the README, `rest` (the single runs, summaries) beside it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    machine = device("cpu")
+    found = {
+        "title": title,
+        "machine": f"{machine.name}, {machine.cores} threads, torch {machine.torch}, Python {platform.python_version()}",
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": time.strftime("%Y-%m-%d"),
+        "table": table,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(found | rest, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+    return path
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
