@@ -1,4 +1,4 @@
-"""What every bench shares: a measurement is a process of its own, results are one JSON file with where they come from."""
+"""What every bench shares: a measurement is a process of its own, results are one JSON file that says whence."""
 
 import json
 import platform
@@ -48,9 +48,10 @@ def write(name: str, title: str, table: list[dict[str, Any]], **rest: Any) -> Pa
     """Write bench/results/NAME.json: `table` goes into the README, `rest` (the single runs, summaries) beside it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     machine = device("cpu")
+    versions = f"torch {machine.torch}, Python {platform.python_version()}"
     found = {
         "title": title,
-        "machine": f"{machine.name}, {machine.cores} threads, torch {machine.torch}, Python {platform.python_version()}",
+        "machine": f"{machine.name}, {machine.cores} threads, {versions}",
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
