@@ -50,7 +50,7 @@ def outcome(out):
 
 
 def compare(folder, seed, changes):
-    """One job undisturbed and killed at up to five steps."""
+    """One job undisturbed and killed at up to three steps."""
     folder.mkdir()
     job = toy_job(folder, **changes)
     assert os.waitpid(run(job), 0)[1] == 0
@@ -60,7 +60,7 @@ def compare(folder, seed, changes):
     finished = False
     while not finished:
         child = run(again.replace(resume=(out / CLAIM).exists()))
-        wanted = lines(out) + chance.randint(1, 5) if len(killed) < 5 else 10**9
+        wanted = lines(out) + chance.randint(1, 4) if len(killed) < 3 else 10**9
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and lines(out) < wanted:
             time.sleep(0.001)
         if ended[0]:
