@@ -80,13 +80,12 @@ def test_a_policy_around_blocks_changes_nothing_but_memory(lengths: tuple[int, .
         assert torch.equal(plain, again)
 
 
-@pytest.mark.parametrize("lengths", [(6, 6, 6), (3, 10, 5)])
 @pytest.mark.parametrize("case", CASES)
-def test_training_runs_without_data(case: str, lengths: tuple[int, ...]) -> None:
+def test_training_runs_without_data(case: str) -> None:
     config = ModelConfig.from_hf(hf_config(case).to_dict())
     with FakeTensorMode():
         decoder = Decoder(config, dtype=torch.bfloat16)
-        hidden = decoder.hidden(torch.zeros(1, 18, dtype=torch.long), lengths=lengths)
+        hidden = decoder.hidden(torch.zeros(1, 18, dtype=torch.long), lengths=(3, 10, 5))
         loss = chunked_cross_entropy(hidden[0], decoder.lm_head.weight, torch.zeros(18, dtype=torch.long), chunk=4)
         loss.backward()
         assert all(p.grad.shape == p.shape for p in decoder.parameters())
