@@ -14,6 +14,7 @@ save, and a resumed run continues bit for bit.
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,24 @@ def slices(count: int, device: torch.device) -> Iterator[slice]:
     width = SLICE.get(device.type, SLICE_DEVICE)
     assert width % BLOCK == 0
     return (slice(start, min(start + width, count)) for start in range(0, count, width))
+
+
+@contextmanager
+def few_barriers() -> Iterator[None]:
+    """On machines of up to two threads, run on one.
+
+    Slices are short, and threads meet after every operation: two gain little over one, and where another process
+    takes one of their cores they wait for each other 20 times longer than they work.
+    """
+    threads = torch.get_num_threads()
+    if threads > 2:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def widen(x_N: Tensor) -> Tensor:
@@ -119,6 +138,7 @@ torch.library.define(
 
 
 @torch.library.impl("satchel::adam_", "default")
+@few_barriers()
 def _adam_(
     x_N: Tensor,
     g_N: Tensor,
@@ -172,6 +192,7 @@ torch.library.define(
 
 
 @torch.library.impl("satchel::move_", "default")
+@few_barriers()
 def _move_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
     """x = keep * (x + step), landed as `rounding` says; low_N is the low half of x's bits, if that is kept."""
     rng = torch.Generator(x_N.device).manual_seed(seed)

@@ -158,3 +158,14 @@ def test_knobs_out_of_range_are_refused(knobs):
 def test_half_precision_is_refused():
     with pytest.raises(UserError, match="train in bf16 or fp32"):
         AdamW().build([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.float16)))], 1e-3, 0)
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        named = common.parameters()
+        common.run(AdamW().build(named, common.LR, 0), named, range(1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
