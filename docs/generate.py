@@ -1,4 +1,4 @@
-"""Write what is generated: docs/METHODS.md from the cards, and the tables of results in README.md from bench/results.
+"""Write what is generated: docs/METHODS.md from the cards; README.md's tour and tables from docs/tour.txt, bench/results.
 
 python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
 """
@@ -11,7 +11,7 @@ from satchel.core import book
 from satchel.core.book import Entry
 
 ROOT = Path(__file__).parent.parent
-MARKS = "<!-- results: begin -->", "<!-- results: end -->"
+MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 RESULT = {"exact": "exact", "approx": "near", "study": "study"}
 
 
@@ -85,10 +85,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def tour() -> str:
+    """What `make demo` printed; `bash examples/demo.sh > docs/tour.txt` takes it anew."""
+    path = ROOT / "docs" / "tour.txt"
+    return f"```console\n{path.read_text().strip()}\n```" if path.exists() else "`make demo` shows it."
+
+
 def readme(text: str) -> str:
-    """The README with fresh tables between the marks."""
-    begin, end = (text.index(mark) for mark in MARKS)
-    return text[: begin + len(MARKS[0])] + "\n" + results() + "\n" + text[end:]
+    """The README with fresh tour and tables between their marks."""
+    for name, fresh in (("tour", tour()), ("results", results())):
+        begin, end = (mark.format(name) for mark in MARKS)
+        text = f"{text[: text.index(begin)]}{begin}\n{fresh}\n{text[text.index(end) :]}"
+    return text
 
 
 def main() -> int:
