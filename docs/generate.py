@@ -1,4 +1,4 @@
-"""Write what is generated: docs/METHODS.md from the cards; README.md's tour and tables from docs/tour.txt, bench/results.
+"""Write what is generated: docs/METHODS.md from the cards, README.md's tour and tables from docs/tour.txt and bench/.
 
 python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
 """
