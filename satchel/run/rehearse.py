@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,10 +70,11 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
     """
     rows = job.micro_batch or job.batch
     micro_batches = -(-job.batch // rows)
-    stands = stand_ins(config.layer_kinds, shallow_depth(config.layer_kinds))
+    kinds = _kinds(job, config)
+    stands = stand_ins(kinds, shallow_depth(kinds))
     with FakeTensorMode(), Tracker() as tracker:
         batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
-        assembly = _stage(job, dataclasses.replace(config, layers=max(stands) + 1), device, tracker)
+        assembly = _stage(job, config, max(stands) + 1, device, tracker)
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
             tracker.mark("train", "step")
             begin = len(tracker.segments) - 1
@@ -97,9 +98,10 @@ class _Marking:
 
     inner: Activations | None
     tracker: Tracker
+    layers: int  # of the deep model
 
     def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
-        run = self.inner.wrap(block, index, depth) if self.inner else block
+        run = self.inner.wrap(block, index, self.layers) if self.inner else block
 
         def marked(x_BTD: Tensor, *rest: Any) -> Tensor:
             phase = self.tracker.segments[-1].name[0]
@@ -112,17 +114,29 @@ class _Marking:
         return marked
 
 
-def _stage(job: TuneJob, config: ModelConfig, device: str, tracker: Tracker) -> Assembly:
-    """Build and assemble the job, with every parameter labelled and every stretch of a step marked."""
+def _kinds(job: TuneJob, config: ModelConfig) -> list[tuple[Hashable, ...]]:
+    """What differs between the layers of the model or in how the job runs them, which its policy's functions show."""
+    policy = make("activations", job.activations)
+
+    def block(x_BTD: Tensor) -> Tensor:
+        return x_BTD
+
+    runs = [policy.wrap(block, index, config.layers) if policy else block for index in range(config.layers)]
+    kinds = (getattr(run, "__code__", type(run)) for run in runs)
+    return list(zip(config.layer_kinds, kinds, strict=True))
+
+
+def _stage(job: TuneJob, config: ModelConfig, depth: int, device: str, tracker: Tracker) -> Assembly:
+    """Build and assemble the job `depth` layers deep, all parameters labelled, every stretch of a step marked."""
     tracker.mark("load", "model")
-    shell = Decoder(config, DTYPES[job.dtype], device="meta")
+    shell = Decoder(dataclasses.replace(config, layers=depth), DTYPES[job.dtype], device="meta")
     parts = {name: Part(name) for name, _ in shell.named_parameters()}
     decoder = fill(shell, parts, _NoFiles(), device, make("format", job.format))
     _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
     tracker.mark("load", "assemble")
     assembly = assemble(job, decoder)
     _label(decoder.named_parameters(), "adapter", tracker)
-    decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker))
+    decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, config.layers))
     (decoder.model.norm or decoder.lm_head).register_forward_pre_hook(
         lambda *_: tracker.mark(tracker.segments[-1].name[0], "head")
     )
