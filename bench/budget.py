@@ -189,7 +189,7 @@ def base_bytes(work: Path) -> int:
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The table: how the jobs ended, and the worst of each kind."""
     counts = Counter(line["verdict"] for line in lines)
-    shares = {name: [line["share"] for line in lines if line["verdict"] == name] for name in counts}
+    shares = {name: [line["share"] for line in lines if line["verdict"] == name and "share" in line] for name in counts}
     accepted = sum(count for name, count in counts.items() if not name.startswith("refused"))
     rows = [
         ("jobs", len(lines)),
