@@ -125,7 +125,7 @@ def _autograd_adds() -> bool:
 def _scratch(func: Any, args: tuple) -> int:
     """Bytes that a 16-bit matrix product on a CPU takes for itself: each thread lays out its part of the second matrix
     anew, unless that is transposed. No fake tensor shows them, since the library inside of torch allocates them."""
-    if func not in (aten.mm.default, aten.addmm.default):
+    if func._overloadpacket not in (aten.mm, aten.addmm, aten.addmm_):
         return 0
     second = args[-1]
     if second.device.type != "cpu" or second.element_size() != 2 or second.stride(-1) != 1:

@@ -19,6 +19,7 @@ TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size":
 TOY |= {"tie_word_embeddings": True, "max_position_embeddings": 1024, "hidden_act": "silu"}
 LLAMA_70B = TOY | {"vocab_size": 128256, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
 LLAMA_70B |= {"num_key_value_heads": 8, "intermediate_size": 28672, "tie_word_embeddings": False}
+LLAMA_70B |= {"max_position_embeddings": 8192}
 
 REAL = """
 import dataclasses, json, sys
