@@ -1,5 +1,6 @@
 """The app, its verbs, and what becomes of an error: one message on stderr and an exit code, never a traceback."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -16,6 +17,10 @@ from satchel.cli.plan import plan_tune
 from satchel.cli.show import show
 from satchel.cli.tune import tune
 from satchel.core.errors import SatchelError
+
+# torch's threads wait for each other in a busy loop, and lose 5 to 10 times the work when another program takes a core.
+# Sleeping instead costs a few percent on a quiet machine (docs/LOG.md). Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
