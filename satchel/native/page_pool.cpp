@@ -23,12 +23,12 @@
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kSmall = 128 << 10;
+constexpr size_t kSmall = 16 << 10;
 
 using Address = uintptr_t;
 
 struct Stats {
-  size_t live, peak, free, faulted, moved, limit;  // bytes
+  size_t live, peak, free, faulted, moved, limit, small;  // bytes; live and peak include small
 };
 
 class PagePool final : public c10::Allocator {
@@ -38,13 +38,15 @@ class PagePool final : public c10::Allocator {
     if (bytes < kSmall) {
       void* data = c10::alloc_cpu(bytes);
       std::lock_guard<std::mutex> guard(mutex_);
-      grow(data ? malloc_usable_size(data) : 0);
+      const size_t small = data ? malloc_usable_size(data) : 0;
+      stats_.small += small;
+      grow(small);
       return {data, data, &release, cpu};
     }
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     std::lock_guard<std::mutex> guard(mutex_);
-    TORCH_CHECK_WITH(OutOfMemoryError, !stats_.limit || stats_.live + size <= stats_.limit,
-                     "satchel memory budget: ", size, " bytes more than the ", stats_.live,
+    TORCH_CHECK_WITH(OutOfMemoryError, !stats_.limit || stats_.live - stats_.small + size <= stats_.limit,
+                     "satchel memory budget: ", size, " bytes more than the ", stats_.live - stats_.small,
                      " in use would pass the limit of ", stats_.limit);
     const Address at = find(size);
     TORCH_CHECK_WITH(OutOfMemoryError, at, "satchel memory budget: the system gave no more memory for ", size, " bytes");
@@ -99,7 +101,9 @@ class PagePool final : public c10::Allocator {
         pool.live_.erase(it);
         return;
       }
-      pool.stats_.live -= malloc_usable_size(data);
+      const size_t small = malloc_usable_size(data);
+      pool.stats_.small -= small;
+      pool.stats_.live -= small;
     }
     c10::free_cpu(data);
   }

@@ -15,6 +15,7 @@ from satchel.core.seams import Adapter, Objective, Schedule
 from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their names in a job
 LR_ADAPTER, LR_FULL = 1e-3, 1e-4  # peak learning rates of a job that names none
 
 

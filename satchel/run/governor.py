@@ -47,6 +47,13 @@ class Governor:
         elif self.pool:
             self.pool.limit(None)
 
+    def relax(self) -> None:
+        """Give back what the loop no longer needs, before what follows it."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        elif self.pool:
+            self.pool.trim()
+
     def memory_bytes(self) -> int:
         """What the job holds now."""
         return torch.cuda.memory_reserved() if self.kind == "cuda" else resident_bytes()

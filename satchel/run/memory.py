@@ -24,7 +24,7 @@ CGROUP_FILES = (  # limit and use, of version 2 and of version 1
 
 
 class _Stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("live", "peak", "free", "faulted", "moved", "limit")]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("live", "peak", "free", "faulted", "moved", "limit", "small")]
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,17 @@ class Pool:
 
     @property
     def resident_bytes(self) -> int:
-        """In use or kept for reuse."""
+        """In the pool's own pages, in use or kept for reuse. Small tensors, under 128 KiB, lie in the C library's heap."""
         stats = self._stats()
-        return stats.live + stats.free
+        return stats.live - stats.small + stats.free
 
     def reset_peak(self) -> None:
         """Start a new peak from what is in use now."""
         self.library.satchel_pool_reset_peak()
 
     def limit(self, limit_bytes: int | None) -> None:
-        """Make allocations that would pass `limit_bytes` in use fail with torch.OutOfMemoryError; None lifts it."""
+        """Make allocations fail with torch.OutOfMemoryError that would take the pool's pages in use past `limit_bytes`;
+        None lifts the limit."""
         self.library.satchel_pool_limit(ctypes.c_size_t(limit_bytes or 0))
 
     def trim(self) -> None:

@@ -24,9 +24,10 @@ from satchel.model.source import find_source
 from satchel.run.device import Device, device
 from satchel.run.memory import install_pool, resident_bytes
 from satchel.run.rehearse import Rehearsal, rehearse
+from satchel.run.warm import warm_up
 
 PROCESS = "process"  # the account of what is not tensors: Python, torch, compiled kernels
-GROWTH = 45 << 20  # what kernels, threads and modules that are first used while running add; measured in bench/plan
+GROWTH = 16 << 20  # kernels that oneDNN makes for the job's own shapes, and the like; measured in bench/plan
 MARGIN = 0.03  # of the job's tensors, on top of the prediction
 LOOSE_HEAP = 0.65  # the C library's heap holds this much more than is live, beside the weights; measured in bench/plan
 SLOTS = ("activations", "optimizer", "format")  # that the planner may fill
@@ -103,6 +104,8 @@ def plan(job: TuneJob, config: ModelConfig | None = None, lengths: tuple[int, ..
     free = machine.free_bytes() + (resident_bytes() if machine.kind == "cpu" else 0)
     budget = free if job.memory == "auto" else parse_bytes(job.memory)
     label = f"{format_bytes(budget)} (free now)" if job.memory == "auto" else format_bytes(budget)
+    install_pool() if machine.kind == "cpu" else None
+    warm_up(job, machine.kind)
     ladder = _Ladder(job, config, machine, budget, lengths)
     chosen = ladder.climb()
     return Plan(job, label, budget, machine.name, tuple(ladder.rungs), chosen)

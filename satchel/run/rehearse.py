@@ -29,12 +29,11 @@ from satchel.model.decoder import Decoder
 from satchel.model.load import fill
 from satchel.model.save import outgoing
 from satchel.model.stored import FakeReader, Part
-from satchel.run.assemble import Assembly, assemble
+from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
 from satchel.run.step import train_step
 from satchel.run.tracker import Tracker, Work
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 

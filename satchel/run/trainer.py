@@ -99,6 +99,7 @@ class Trainer:
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
         ):
             path = self._loop(interrupt)
+        self.governor.relax()
         plot(read_metrics(self.out / FILE), self.out / "metrics.png")
         return TrainResult(self.progress, self.steps, path)
 

@@ -15,7 +15,7 @@ from satchel.core.job import TuneJob
 from satchel.core.report import SILENT, Report
 from satchel.model.load import load
 from satchel.model.source import find_source, load_tokenizer
-from satchel.run.assemble import Assembly, assemble
+from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.data import read_dataset
 from satchel.run.device import resolve
 from satchel.run.export import export
@@ -26,7 +26,6 @@ from satchel.run.metrics import FILE, read_metrics
 from satchel.run.packing import Rows
 from satchel.run.planner import DEFAULTS, PROCESS, SLOTS, Plan, Rung, plan
 from satchel.run.receipt import Line, Receipt
-from satchel.run.rehearse import DTYPES
 from satchel.run.trainer import TrainResult, train
 
 

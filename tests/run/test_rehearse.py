@@ -34,7 +34,7 @@ from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.linear import linears, swap
 from satchel.run.assemble import assemble
-from satchel.run.rehearse import DTYPES
+from satchel.run.assemble import DTYPES
 from satchel.run.step import train_step
 hf, fields, lengths = json.loads(sys.argv[1])
 job = TuneJob(**fields)
