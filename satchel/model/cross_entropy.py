@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 # N tokens, D width, V vocabulary, C tokens of a chunk, S vocabulary entries of a slice; M either
 
 IGNORED = -100  # target without loss
+WHOLE = 32  # rows; a product of every new number of rows costs oneDNN's caches half a megabyte that it never gives back
 
 
 class _Scratch:
@@ -90,18 +91,24 @@ def chunked_cross_entropy(
     """
     if softcap is not None:
         chunk = max(1, chunk // 2)  # the cap's slope is one more buffer
-    kept_M = _kept(targets_N)
+    kept_M, spare = _kept(targets_N)
     if kept_M is not None:
         x_ND, targets_N = x_ND[kept_M], targets_N[kept_M]
-    return _CrossEntropy.apply(x_ND, weight_VD, bias, targets_N, chunk, scale, softcap, torch.is_grad_enabled())
+    return _CrossEntropy.apply(x_ND, weight_VD, bias, targets_N, chunk, scale, softcap, spare, torch.is_grad_enabled())
 
 
-def _kept(targets_N: Tensor) -> Tensor | None:
-    """The rows with a loss; None if that is all of them, or unknown."""
+def _kept(targets_N: Tensor) -> tuple[Tensor | None, int]:
+    """The rows with a loss, and how many at their end are there only to fill up a multiple of WHOLE.
+
+    None if that is all rows, or unknown.
+    """
     if targets_N.is_meta or isinstance(targets_N, FakeTensor):
-        return None
+        return None, 0
     kept_M = (targets_N != IGNORED).nonzero().flatten()
-    return None if len(kept_M) == len(targets_N) else kept_M
+    if len(kept_M) == len(targets_N) or not len(kept_M):
+        return (None, 0) if len(kept_M) else (kept_M, 0)
+    spare = -len(kept_M) % WHOLE
+    return torch.cat([kept_M, kept_M[:1].expand(spare)]), spare
 
 
 class _CrossEntropy(Function):
@@ -115,6 +122,7 @@ class _CrossEntropy(Function):
         chunk: int,
         scale: float,
         cap: float | None,
+        spare: int,
         recorded: bool,
     ) -> Tensor:
         head = _Head(weight_VD, bias_V, scale, cap)
@@ -123,6 +131,11 @@ class _CrossEntropy(Function):
         dx_ND = torch.empty_like(x_ND) if needs_x and not of_head else None
         loss_N, log_sum_N = _by_tokens(x_ND, head, targets_N, chunk, dx_ND)
         grads = (dx_ND, None, None)
+        if spare:  # rows that stand in twice count once
+            loss_N[-spare:], log_sum_N[-spare:] = 0, torch.inf
+            targets_N = targets_N.index_fill(0, torch.arange(-spare, 0, device=x_ND.device) + len(x_ND), IGNORED)
+            if dx_ND is not None:
+                dx_ND[-spare:] = 0
         if of_head:
             grads = _by_vocabulary(x_ND, head, targets_N, log_sum_N, chunk, (needs_x, needs_weight, needs_bias))
         ctx.save_for_backward(*grads)
@@ -134,7 +147,7 @@ class _CrossEntropy(Function):
         # The saved gradients are ours alone, and are handed over unless the graph is to be walked again.
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = (t if t is None else t * grad if again else t.mul_(grad) for t in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _by_tokens(x_ND: Tensor, head: _Head, targets_N: Tensor, chunk: int, dx_ND: Tensor | None) -> tuple[Tensor, Tensor]:

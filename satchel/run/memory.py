@@ -50,7 +50,7 @@ class Pool:
 
     @property
     def resident_bytes(self) -> int:
-        """In the pool's own pages, in use or kept for reuse. Small tensors, under 128 KiB, lie in the C library's heap."""
+        """In the pool's own pages, in use or kept for reuse; tensors under 16 KiB lie in the C library's heap."""
         stats = self._stats()
         return stats.live - stats.small + stats.free
 

@@ -19,6 +19,7 @@ from satchel.core import book
 from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
 from satchel.core.units import format_bytes, parse_bytes
+from satchel.model.batch import whole
 from satchel.model.config import ModelConfig
 from satchel.model.source import find_source
 from satchel.run.device import Device, device
@@ -27,7 +28,7 @@ from satchel.run.rehearse import Rehearsal, rehearse
 from satchel.run.warm import warm_up
 
 PROCESS = "process"  # the account of what is not tensors: Python, torch, compiled kernels
-GROWTH = 16 << 20  # kernels that oneDNN makes for the job's own shapes, and the like; measured in bench/plan
+GROWTH = 40 << 20  # kernels that oneDNN makes for the job's own shapes, and the like; measured in bench/plan
 MARGIN = 0.03  # of the job's tensors, on top of the prediction
 LOOSE_HEAP = 0.65  # the C library's heap holds this much more than is live, beside the weights; measured in bench/plan
 SLOTS = ("activations", "optimizer", "format")  # that the planner may fill
@@ -205,7 +206,7 @@ class _Ladder:
         return self.tried[job]
 
     def _rehearse(self, job: TuneJob) -> Rung:
-        rehearsal = rehearse(job, self.config, self.lengths * job.micro_batch, self.machine.kind)
+        rehearsal = rehearse(job, self.config, self._documents(job), self.machine.kind)
         accounts = rehearsal.peak.accounts | self._process(rehearsal)
         peak = sum(accounts.values())
         return Rung(
@@ -218,6 +219,12 @@ class _Ladder:
             costs=", ".join(_costs(self.job, job)),
             fits=peak + MARGIN * rehearsal.peak.peak_bytes <= self.budget,
         )
+
+    def _documents(self, job: TuneJob) -> tuple[int, ...]:
+        """The largest micro-batch, with the filler that makes it whole."""
+        lengths = (self.lengths or (job.context,)) * job.micro_batch
+        filler = whole(sum(lengths)) - sum(lengths)
+        return lengths + (filler,) * (filler > 0)
 
     def _process(self, rehearsal: Rehearsal) -> dict[str, int]:
         """What the process holds beside its tensors, on the device that computes."""

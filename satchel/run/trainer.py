@@ -131,9 +131,10 @@ class Trainer:
 
         def compute() -> tuple[dict[str, float], int]:
             self._reseed()
-            batches = [b.to(self.device) for b in self.dataset.train.batches(rows, progress.micro_batch)]
+            batches = [b.filled().to(self.device) for b in self.dataset.train.batches(rows, progress.micro_batch)]
             sums = accumulate(self.assembly, batches)
-            return {name: float(value) for name, value in sums.items()}, sum(sum(b.lengths) for b in batches)
+            tokens = sum(sum(b.lengths) - b.filler for b in batches)
+            return {name: float(value) for name, value in sums.items()}, tokens
 
         metrics, tokens = self._in_memory(compute)
         self._require_finite(metrics)
@@ -163,7 +164,7 @@ class Trainer:
         def compute() -> float:
             rows = range(len(held_out))
             batches = (held_out.batch(rows[i : i + progress.micro_batch]) for i in rows[:: progress.micro_batch])
-            return mean_loss(self.assembly, (batch.to(self.device) for batch in batches))
+            return mean_loss(self.assembly, (batch.filled().to(self.device) for batch in batches))
 
         loss = self._in_memory(compute)
         progress.seconds += time.perf_counter() - began
