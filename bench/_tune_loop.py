@@ -58,6 +58,7 @@ class Tuning:
 def run(model: nn.Module, prepare: Callable[[], Tuning], steps: int, trim: Callable[[], None]) -> dict[str, Any]:
     """Train a loaded model and measure. `trim` gives an allocator's free pages back."""
     touch(model)
+    model_bytes = sum(t.untyped_storage().nbytes() for t in distinct(model.state_dict().values()))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     trim()
@@ -72,7 +73,7 @@ def run(model: nn.Module, prepare: Callable[[], Tuning], steps: int, trim: Calla
         cpus.append(cpu_seconds() - cpu)
     peak = peak_resident_bytes()
     return {
-        "model_bytes": sum(t.untyped_storage().nbytes() for t in distinct(model.state_dict().values())),
+        "model_bytes": model_bytes,
         "above_model_bytes": peak - before,
         "peak_bytes": peak,
         "state_bytes": state_bytes(tuning.optimizer),

@@ -91,10 +91,6 @@ def scheduler(name: str, optimizer: torch.optim.Optimizer, steps: int) -> Any:
 
 def tuning(model: nn.Module, tokens: Tokens, steps: int, settings: dict[str, Any]) -> Tuning:
     """The peer's training step over these tokens."""
-    if settings["quantized"] != "none":
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if settings["adapter"] != "none":
         model = adapted(model, settings["adapter"])
     if settings["checkpointing"]:

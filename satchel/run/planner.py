@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.core import book
-from satchel.core.errors import DoesNotFit
+from satchel.core.errors import DoesNotFit, UserError
 from satchel.core.job import TuneJob
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.batch import whole
@@ -179,7 +179,17 @@ class _Ladder:
             free = entry.slot in SLOTS and getattr(job, entry.slot) == DEFAULTS[entry.slot] != entry.name
             allowed = entry.slot != "format" or job.adapter != "none"
             if free and allowed and entry.card.fidelity == fidelity and heavy & set(entry.card.saves):
-                yield dataclasses.replace(job, **{entry.slot: entry.name})
+                changed = dataclasses.replace(job, **{entry.slot: entry.name})
+                if self._possible(changed):
+                    yield changed
+
+    def _possible(self, job: TuneJob) -> bool:
+        """Whether a method that the user did not ask for suits this model: GaLore projects no matrix of a thin LoRA."""
+        try:
+            self._peak(job)
+        except UserError:
+            return False
+        return True
 
     def _least(self, job: TuneJob) -> TuneJob | None:
         """The job with the one more approximate method that brings the peak down the most; None if none does."""
