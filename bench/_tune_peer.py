@@ -74,9 +74,8 @@ def galore(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     chosen = {id(p) for p in low}
     rest = [p for _, p in named if id(p) not in chosen]
     knobs = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-    return GaLoreAdamW(
-        [{"params": rest}, {"params": low, **knobs}], lr=lr, weight_decay=0.0, no_deprecation_warning=True
-    )
+    same = {"lr": lr, "eps": 1e-8, "weight_decay": 0.0}  # its own eps is 1e-6; ours, as torch's, 1e-8
+    return GaLoreAdamW([{"params": rest}, {"params": low, **knobs}], **same, no_deprecation_warning=True)
 
 
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "galore": galore}
