@@ -10,8 +10,8 @@ SLOW ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# PyPI's torch brings gigabytes of CUDA libraries; without an NVIDIA GPU the CPU build is all that is of use.
-TORCH_FROM ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
+# PyPI's torch brings gigabytes of CUDA libraries: TORCH_FROM='--index-url ...' names where a CPU build lies instead.
+TORCH_FROM ?=
 
 .PHONY: demo test check bench docs clean
 

@@ -3,6 +3,8 @@
 A rate is not one number: a product of small matrices runs at a tenth of the speed of a large one, and an addition in
 the cache at ten times that of one in memory. So each kind of work has a curve, seconds a call over the size of the
 call, and the time of a rehearsed run is the sum over its calls. Between two measured sizes the curve is a power law.
+What the sum leaves out (shapes that are no squares, the interpreter, caches that a whole step spills) is one factor a
+dtype: the time of a real step of a reference model over the sum for it.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -22,11 +24,19 @@ import torch
 import torch.nn.functional as F
 
 from satchel.core.errors import UserError
+from satchel.core.job import TuneJob
+from satchel.model.config import ModelConfig
+from satchel.run.assemble import DTYPES
 from satchel.run.memory import available_bytes
+from satchel.run.rehearse import rehearse
+from satchel.run.step import train_step
 from satchel.run.tracker import Work
+from satchel.run.warm import real
 
 CACHE = Path.home() / ".cache" / "satchel" / "devices"
-DTYPES = ("bfloat16", "float32")
+REFERENCE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 6}
+REFERENCE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5}
+REFERENCE |= {"max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu"}
 Curve = list[tuple[float, float]]  # (size of a call, seconds), sizes rising
 
 
@@ -40,14 +50,19 @@ class Device:
     memory_bytes: int
     torch: str
     curves: dict[str, Curve]  # by kind of work: over operations, for 'move' over bytes
+    slowdown: dict[str, float] = field(default_factory=dict)  # by dtype: a real step over the sum of its calls
 
     def free_bytes(self) -> int:
         """Bytes that a job could take now."""
         return torch.cuda.mem_get_info()[0] if self.kind == "cuda" else available_bytes()
 
     def seconds(self, work: Counter[Work]) -> float:
-        """The time that these calls take, one after the other."""
-        return sum(count * self._call_seconds(item) for item, count in work.items())
+        """The time that a step of these calls takes."""
+        total, flops = 0.0, Counter()
+        for item, count in work.items():
+            total += count * self._call_seconds(item)
+            flops[item.kind.rpartition("/")[2]] += count * item.flops
+        return total * self.slowdown.get(max(flops, key=flops.__getitem__, default=""), 1.0)
 
     def rate(self, kind: str) -> float:
         """The best measured rate: operations per second, for 'move' bytes per second."""
@@ -61,7 +76,7 @@ class Device:
 
 
 def device(kind: str = "auto", cache: Path = CACHE) -> Device:
-    """This machine's device, measured on first use (about 10 s). Raises UserError for a device that is not there."""
+    """This machine's device, measured on first use (about 20 s). Raises UserError for a device that is not there."""
     kind = resolve(kind)
     key = f"{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -91,11 +106,11 @@ def measure(kind: str) -> Device:
     """Measure the curves of a device, now."""
     cuda = kind == "cuda"
     curves: dict[str, Curve] = {"move": _moves(kind)}
-    for name in DTYPES:
-        dtype = getattr(torch, name)
+    for dtype in DTYPES.values():
+        name = str(dtype).removeprefix("torch.")
         curves[name] = [_product(kind, dtype, side) for side in (16, 64, 256, 512, 1024, 2048)]
         curves[f"attention/{name}"] = [_attention(kind, dtype, tokens) for tokens in (16, 128, 512, 1024)]
-    return Device(
+    bare = Device(
         kind=kind,
         name=_name(kind),
         cores=torch.cuda.get_device_properties(0).multi_processor_count if cuda else torch.get_num_threads(),
@@ -103,6 +118,21 @@ def measure(kind: str) -> Device:
         torch=torch.__version__,
         curves={kind: _rising(curve) for kind, curve in curves.items()},
     )
+    return replace(bare, slowdown={str(DTYPES[name]).removeprefix("torch."): _slowdown(bare, name) for name in DTYPES})
+
+
+def _slowdown(bare: Device, dtype: str) -> float:
+    """A real step of the reference job over the sum of its calls; the quickest of five, since others only ever add."""
+    job = TuneJob(model="reference", data="demo", context=256, batch=4, dtype=dtype)
+    config = ModelConfig.from_hf(REFERENCE)
+    predicted = bare.seconds(rehearse(job, config, device=bare.kind).work)
+    assembly, batch = real(job, config, bare.kind, (job.context,) * job.batch)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        float(train_step(assembly, [batch], 0.0)["loss"])
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) / predicted
 
 
 def interpolate(curve: Curve, size: float) -> float:

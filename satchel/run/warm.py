@@ -14,7 +14,7 @@ from satchel.core.job import TuneJob
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.run.assemble import DTYPES, assemble
+from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.step import mean_loss, train_step
 
 MINIATURE = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2}
@@ -31,12 +31,16 @@ def warm_up(job: TuneJob, device: str) -> None:
             import_module(name)
     methods = {"adapter": job.adapter if job.adapter == "none" else "lora", "dtype": job.dtype}
     small = dataclasses.replace(TuneJob(model=job.model, data=job.data), context=TOKENS, batch=1, **methods)
-    rng = torch.Generator().manual_seed(0)
-    decoder = Decoder(ModelConfig.from_hf(MINIATURE), DTYPES[job.dtype], device)
-    decoder.init_weights(torch.Generator(device).manual_seed(0))
-    row = torch.randint(0, 512, (1, TOKENS), generator=rng)
-    batch = Batch(row, row.roll(-1), (TOKENS - 60, 60), TOKENS).to(device)
-    assembly = assemble(small, decoder)
+    assembly, batch = real(small, ModelConfig.from_hf(MINIATURE), device, (TOKENS - 60, 60))
     for _ in range(2):
         train_step(assembly, [batch], 0.0)
     mean_loss(assembly, [batch])
+
+
+def real(job: TuneJob, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
+    """A model of random weights, ready to train, and a micro-batch of random tokens."""
+    decoder = Decoder(config, DTYPES[job.dtype], device)
+    decoder.init_weights(torch.Generator(device).manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    row = torch.randint(0, config.vocab, (1, sum(lengths)), generator=rng)
+    return assemble(job, decoder), Batch(row, row.roll(-1), lengths, row.numel()).to(device)
