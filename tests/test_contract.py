@@ -37,7 +37,9 @@ CONFIG = ModelConfig.from_hf(
         "rms_norm_eps": 1e-5,
     }
 )
-PLAIN = TuneJob(model="tiny", data="tiny", dtype="fp32", adapter="none", lr=1e-2, batch=4, schedule="constant")
+PLAIN = TuneJob(
+    model="tiny", data="tiny", dtype="fp32", adapter="none", lr=1e-2, batch=4, context=64, schedule="constant"
+)
 ENTRIES = book.entries()
 
 

@@ -4,6 +4,7 @@
 
 All maps are checked before the first is changed, one dense matrix at a time. A packed base becomes an `nn.Linear` in
 the dtype that it had before it was packed (bfloat16 in the house): rounding W' to few bits again would lose the tuning.
+On fake tensors every check holds: that is how the memory of a merge is rehearsed.
 """
 
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from satchel.core.errors import ModelError, UserError
 from satchel.model.adapters import Adapted, adapted
@@ -64,19 +66,20 @@ def _verify(path: str, place: Adapted) -> float | None:
     """The share of the change that survives rounding; None if there is no change."""
     weight_OI, change_OI = dense_OI(place.base), _change(path, place)
     exact_OI = weight_OI + change_OI
-    if not exact_OI.isfinite().all():
+    if not _holds(exact_OI.isfinite().all()):
         raise ModelError(f"{path}: the merged matrix is not finite; the training diverged, take an earlier checkpoint")
     rounded_OI = exact_OI.to(weight_OI.dtype)
     _require_same(path, place, exact_OI, rounded_OI)
-    if not change_OI.any():
+    if not _holds(change_OI.any()):
         return None
     survived_OI = exact_OI.copy_(rounded_OI).sub_(weight_OI)
-    if not survived_OI.any():
+    if not _holds(survived_OI.any()):
         dtype = str(weight_OI.dtype).removeprefix("torch.")
         raise ModelError(
             f"{path}: the change is below {dtype}'s rounding step; load the model in float32 and merge that"
         )
-    return float(survived_OI.flatten().dot(change_OI.flatten()) / change_OI.square_().sum())
+    kept = survived_OI.flatten().dot(change_OI.flatten()) / change_OI.square_().sum()
+    return 1.0 if isinstance(kept, FakeTensor) else float(kept)
 
 
 def _change(path: str, place: Adapted) -> Tensor:
@@ -102,13 +105,17 @@ def _require_same(path: str, place: Adapted, exact_OI: Tensor, rounded_OI: Tenso
         rng = torch.Generator().manual_seed(0)
         x_NI = torch.randn(PROBES, place.in_features, generator=rng).to(weight_OI)
         unmerged_NO, merged_NO = place.run(x_NI, base).float(), _linear(place, weight_OI)(x_NI).float()
-        gap = float((unmerged_NO - merged_NO).norm() / unmerged_NO.norm().clamp_min(1e-30))
-        if not gap <= bound:
+        gap = (unmerged_NO - merged_NO).norm() / unmerged_NO.norm().clamp_min(1e-30)
+        if not _holds(gap <= bound):
             raise ModelError(
-                f"{path}: the merged map differs from the unmerged one by {gap:.1e}, more than rounding's {bound:.1e}; "
-                "nothing was changed, save the adapter by itself"
+                f"{path}: the merged map differs from the unmerged one by {float(gap):.1e}, more than "
+                f"rounding's {bound:.1e}; nothing was changed, save the adapter by itself"
             )
     place.train(training)
+
+
+def _holds(flag: Tensor) -> bool:
+    return isinstance(flag, FakeTensor) or bool(flag)
 
 
 def _linear(place: Adapted, weight_OI: Tensor) -> nn.Linear:

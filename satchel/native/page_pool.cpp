@@ -41,6 +41,7 @@ class PagePool final : public c10::Allocator {
       const size_t small = data ? malloc_usable_size(data) : 0;
       stats_.small += small;
       grow(small);
+      report(data, small);
       return {data, data, &release, cpu};
     }
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
@@ -53,6 +54,7 @@ class PagePool final : public c10::Allocator {
     live_[at] = size;
     grow(size);
     void* data = reinterpret_cast<void*>(at);
+    report(data, size);
     return {data, data, &release, cpu};
   }
 
@@ -97,6 +99,7 @@ class PagePool final : public c10::Allocator {
       std::lock_guard<std::mutex> guard(pool.mutex_);
       if (const auto it = pool.live_.find(reinterpret_cast<Address>(data)); it != pool.live_.end()) {
         pool.stats_.live -= it->second;
+        pool.report(data, -static_cast<int64_t>(it->second));
         pool.put(it->first, it->second);
         pool.live_.erase(it);
         return;
@@ -104,6 +107,7 @@ class PagePool final : public c10::Allocator {
       const size_t small = malloc_usable_size(data);
       pool.stats_.small -= small;
       pool.stats_.live -= small;
+      pool.report(data, -static_cast<int64_t>(small));
     }
     c10::free_cpu(data);
   }
@@ -111,6 +115,12 @@ class PagePool final : public c10::Allocator {
   void grow(size_t size) {
     stats_.live += size;
     stats_.peak = std::max(stats_.peak, stats_.live);
+  }
+
+  // Tells torch.profiler, if it listens.
+  void report(void* data, int64_t size) const {
+    if (c10::memoryProfilingEnabled())
+      c10::reportMemoryUsageToProfiler(data, size, stats_.live, stats_.live + stats_.free, c10::Device(c10::DeviceType::CPU));
   }
 
   // The smallest free extent that holds `size`, else a new range made of free pages and, last, of fresh ones.

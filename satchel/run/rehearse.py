@@ -27,6 +27,7 @@ from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.load import fill
+from satchel.model.merge import merge
 from satchel.model.save import outgoing
 from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
@@ -71,7 +72,7 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
     micro_batches = -(-job.batch // rows)
     kinds = _kinds(job, config)
     stands = stand_ins(kinds, shallow_depth(kinds))
-    with FakeTensorMode(), Tracker() as tracker:
+    with FakeTensorMode(), Tracker("load", "data") as tracker:
         batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
         assembly = _stage(job, config, max(stands) + 1, device, tracker)
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
@@ -82,8 +83,7 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
         step = tracker.segments[begin:]
         tracker.mark("evaluate", "step")
         _evaluate(assembly, batches[0])
-        tracker.mark("save", "step")
-        _save(assembly)
+        _save(job, assembly, tracker)
     update = [s for s in step if s.name[1] == "update"]
     work = total_work([s for s in step if s.name[1] != "update"], stands)
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
@@ -173,9 +173,15 @@ def _evaluate(assembly: Assembly, batch: Batch) -> None:
     assembly.objective.loss(assembly.model, batch, assembly.rng)
 
 
-def _save(assembly: Assembly) -> None:
-    """Write what the job leaves behind, tensor by tensor, to nowhere."""
-    if assembly.adapter is None:
+def _save(job: TuneJob, assembly: Assembly, tracker: Tracker) -> None:
+    """Merge if the job does, then write what it leaves behind, tensor by tensor, to nowhere."""
+    assembly.optimizer.state.clear()
+    if assembly.adapter is not None and job.merge:
+        tracker.mark("merge", "step")
+        merge(assembly.model)
+        _label(assembly.model.state_dict(keep_vars=True).items(), "weights", tracker)
+    tracker.mark("save", "step")
+    if assembly.adapter is None or job.merge:
         for tensor in outgoing(assembly.model):
             tensor.make()
 

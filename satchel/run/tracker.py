@@ -52,9 +52,10 @@ class Segment:
 class Tracker(TorchDispatchMode):
     """Records while active. `segments` and `labels` are what it leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, *first: Any) -> None:
+        """`first` names the segment that the run begins with."""
         super().__init__()
-        self.segments = [Segment(("start",))]
+        self.segments = [Segment(first)]
         self.labels: dict[int, Label] = {}  # by storage number, for those that were labelled
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # id of a living storage -> its number
         self._count = 0

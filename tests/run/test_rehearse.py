@@ -117,3 +117,13 @@ def test_rehearsing_draws_no_random_numbers_from_the_process() -> None:
     before = torch.get_rng_state()
     rehearse(TuneJob(model="toy", data="demo", context=64, batch=2), ModelConfig.from_hf(TOY))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_merging_into_packed_weights_is_rehearsed_as_a_phase_of_its_own() -> None:
+    """A packed model becomes a dense one: what the merge holds at its end, all matrices in bf16, beside the packed."""
+    config = ModelConfig.from_hf(TOY | {"num_hidden_layers": 12})
+    job = TuneJob(model="toy", data="demo", context=64, batch=1, format="nf4", merge=True)
+    phases = {phase.name: phase for phase in rehearse(job, config).phases}
+    assert list(phases) == ["load", "train", "evaluate", "merge", "save"]
+    assert phases["merge"].peak_bytes > 2 * config.parameters > phases["load"].accounts["weights"]
+    assert phases["save"].accounts["weights"] == pytest.approx(2 * config.parameters, rel=1e-3)
