@@ -43,7 +43,7 @@ def test_the_same_seed_draws_the_same_jobs(work, monkeypatch):
 @pytest.mark.slow
 def test_a_job_that_fits_finishes_and_one_that_cannot_is_refused_rightly(job):
     fitting = budget.judge(job, 1 << 28)
-    assert (fitting["verdict"], fitting["outputs"]) == ("finished", ["adapter", "checkpoint", "merged"])
+    assert (fitting["verdict"], fitting["outputs"]) == ("finished", ["adapter", "checkpoint", "model"])
     assert 0 < fitting["share"] < 1
     assert budget.judge(job.replace(memory="300MiB"), 1 << 29)["verdict"] == "refused rightly"
 
