@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from satchel.run.extend import Phase
     from satchel.run.planner import Plan, Rung
 
+WAITING = "rehearsing the job; on first use this machine's speed is measured too, which takes half a minute"
+
 
 @takes_job
 def plan_tune(
@@ -29,7 +32,8 @@ def plan_tune(
     """Rehearse a tuning job without allocating it: does it fit, what would make it fit, and at what cost?"""
     from satchel.run.planner import plan
 
-    made = plan(job)
+    with nullcontext() if as_json else out.status(WAITING):
+        made = plan(job)
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
     else:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from satchel.cli.plan import print_plan
+from satchel.cli.plan import WAITING, print_plan
 from satchel.cli.receipt import print_receipt
 from satchel.core.report import Report
 from satchel.core.units import format_bytes, format_seconds
@@ -68,9 +68,19 @@ class RichProgress(_Talking):
             TextColumn("{task.fields[memory]}"),
             console=console,
         )
+        self.waiting = console.status(WAITING)
+
+    def __enter__(self) -> RichProgress:
+        self.waiting.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
+        self.waiting.stop()
         self.bar.stop()
+
+    def plan(self, plan: Plan) -> None:
+        self.waiting.stop()
+        super().plan(plan)
 
     def begin(self, total_steps: int) -> None:
         self.task = self.bar.add_task("tune", total=total_steps, loss="-", rate="-", memory="")

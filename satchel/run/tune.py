@@ -101,7 +101,7 @@ def _receipt(
     progress = result.progress
     losses = {
         "held_out_before": progress.held_out_before,
-        "held_out_after": progress.held_out_after,
+        "held_out_after": progress.held_out_after if progress.evaluated > 0 else None,
         "training_first": progress.first_loss,
         "training_last": progress.last_loss,
     }
