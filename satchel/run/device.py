@@ -33,6 +33,7 @@ from satchel.run.step import train_step
 from satchel.run.tracker import Work
 from satchel.run.warm import real
 
+FORMAT = 2  # of what is measured; another number measures anew
 CACHE = Path.home() / ".cache" / "satchel" / "devices"
 REFERENCE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 6}
 REFERENCE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5}
@@ -78,7 +79,7 @@ class Device:
 def device(kind: str = "auto", cache: Path = CACHE) -> Device:
     """This machine's device, measured on first use (about 20 s). Raises UserError for a device that is not there."""
     kind = resolve(kind)
-    key = f"{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
+    key = f"{FORMAT}-{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         return Device(**json.loads(path.read_text()))
@@ -175,7 +176,7 @@ def _attention(kind: str, dtype: torch.dtype, tokens: int) -> tuple[float, float
 
 
 def _seconds(kind: str, call: Callable[[], object], patience_s: float = 0.15) -> float:
-    """Seconds of a call: the lower quartile of as many as fit in `patience_s`, since other programs only ever add."""
+    """Seconds of a call: the least of as many as fit in `patience_s`, since other programs only ever add."""
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 4 or (time.perf_counter() - begin < patience_s and len(times) < 200):
@@ -184,7 +185,7 @@ def _seconds(kind: str, call: Callable[[], object], patience_s: float = 0.15) ->
         if kind == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[len(times[1:]) // 4]
+    return min(times[1:])
 
 
 def _name(kind: str) -> str:
