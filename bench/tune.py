@@ -187,7 +187,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of the main comparisons")
-    parser.add_argument("--slot-steps", type=int, default=6, help="optimizer steps of one row per method")
+    parser.add_argument("--slot-steps", type=int, default=6, help="optimizer steps of one row per method; 0: none")
     parser.add_argument("--repetitions", type=int, default=3, help="of the main comparisons")
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--quick", action="store_true", help="2 steps, once, for a test of the bench itself")
@@ -200,7 +200,7 @@ def main(given: list[str] | None = None) -> Path:
     plan = [(MAIN, asked.steps, asked.repetitions), (SLOTS, asked.slot_steps, 1)]
     if asked.quick:
         plan = [(pairs, 2, 1) for pairs, _, _ in plan]
-    plan = [([p for p in pairs if asked.only in p.name], steps, times) for pairs, steps, times in plan]
+    plan = [([p for p in pairs if asked.only in p.name], steps, times) for pairs, steps, times in plan if steps]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         prepare(bench.work, max(steps for _, steps, _ in plan))
