@@ -194,12 +194,12 @@ torch.library.define(
 @torch.library.impl("satchel::move_", "default")
 @few_barriers()
 def _move_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
-    """x = keep * (x + step), landed as `rounding` says; low_N is the low half of x's bits, if that is kept."""
+    """x = keep * x + step, landed as `rounding` says; low_N is the low half of x's bits, if that is kept."""
     rng = torch.Generator(x_N.device).manual_seed(seed)
     noisy = rounding == "stochastic" and x_N.dtype != torch.float32
     for cut in slices(x_N.numel(), x_N.device):
         x = widen(x_N[cut]) if low_N is None else join(x_N[cut], low_N[cut])
-        x.add_(step_N[cut]).mul_(keep)
+        x.mul_(keep).add_(step_N[cut])
         if low_N is None:
             land_(x_N[cut], x, draw(x.numel(), rng) if noisy else None)
         else:
