@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, overload
 
 from satchel.core import seams
 from satchel.core.card import Card
@@ -18,7 +19,7 @@ from satchel.core.knobs import Knob, parse_knobs, read_knobs
 PACKAGE = Path(__file__).parent.parent
 HOUSE = ("core", "model", "run", "cli", "native", "studies")  # folders that hold no methods
 OPTIONAL = ("adapter", "format", "activations")  # slots that may stay empty, spelled `none`
-SLOTS = {s.__name__: s.slot for s in vars(seams).values() if isinstance(s, type) and hasattr(s, "slot")}
+SLOTS = {seam.__name__: seam.slot for seam in seams.Method.__subclasses__()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,20 @@ def check(slot: str, spelling: str) -> None:
     _parse(slot, spelling)
 
 
+@overload
+def make(slot: Literal["adapter"], spelling: str) -> seams.Adapter | None: ...
+@overload
+def make(slot: Literal["activations"], spelling: str) -> seams.Activations | None: ...
+@overload
+def make(slot: Literal["format"], spelling: str) -> seams.WeightFormat | None: ...
+@overload
+def make(slot: Literal["objective"], spelling: str) -> seams.Objective: ...
+@overload
+def make(slot: Literal["optimizer"], spelling: str) -> seams.OptimizerMethod: ...
+@overload
+def make(slot: Literal["schedule"], spelling: str) -> seams.Schedule: ...
+@overload
+def make(slot: str, spelling: str) -> seams.Method | None: ...
 def make(slot: str, spelling: str) -> seams.Method | None:
     """The method that `galore:rank=64` spells; None for `none` in a slot that may stay empty.
 
@@ -98,7 +113,7 @@ def make(slot: str, spelling: str) -> seams.Method | None:
     return entry.load()(**values)
 
 
-def _parse(slot: str, spelling: str) -> tuple[Entry, dict] | None:
+def _parse(slot: str, spelling: str) -> tuple[Entry, dict[str, Any]] | None:
     name, _, knobs = spelling.strip().partition(":")
     if name == "none" and slot in OPTIONAL and not knobs:
         return None
@@ -114,8 +129,7 @@ def _read(path: Path) -> Entry | None:
     """The entry of a file; None if no class in it has a card and derives from a seam."""
     tree = ast.parse(path.read_text())
     for node in tree.body:
-        card = _card(node, path) if isinstance(node, ast.ClassDef) else None
-        if card is None:
+        if not isinstance(node, ast.ClassDef) or (card := _card(node, path)) is None:
             continue
         *own, (_, seam) = _lineage(path, tree, node.name)
         if seam in SLOTS:
@@ -133,6 +147,8 @@ def _card(node: ast.ClassDef, path: Path) -> Card | None:
                     return Card(**{str(k.arg): ast.literal_eval(k.value) for k in keywords})
                 except (TypeError, ValueError) as fault:
                     raise SatchelError(f"{path}: the card is not a literal Card: {fault}") from None
+            case _:
+                pass
     return None
 
 

@@ -31,4 +31,4 @@ class Card:
     claim: str = ""  # the authors' number, in their conditions
     dial: tuple[str, float, float] | None = None  # the one monotone knob and its range, cheap end first
     reference: str = ""  # a PyPI package whose result it must equal
-    demo: dict[str, Any] = field(default_factory=dict)  # knobs that make sense on a 1M-parameter model
+    demo: dict[str, Any] = field(default_factory=dict[str, Any])  # knobs that make sense on a 1M-parameter model

@@ -124,7 +124,8 @@ def _parse(kind: ast.expr, text: str) -> Any:
             return int(text)
         case ast.Name(id="float"):
             return float(text)
-    return text
+        case _:
+            return text
 
 
 def _accept(kind: ast.expr, value: Any) -> Any:
@@ -136,12 +137,13 @@ def _accept(kind: ast.expr, value: Any) -> Any:
             options = ast.literal_eval(choices)
             return value if value in (options if isinstance(options, tuple) else (options,)) else _refuse()
         case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[item, *_])):
-            return tuple(_accept(item, v) for v in value) if isinstance(value, list | tuple) else _refuse()
+            return tuple(_accept(item, v) for v in value) if type(value) in (list, tuple) else _refuse()
         case ast.Name(id="float"):
             return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _refuse()
         case ast.Name(id=name):
             return value if type(value).__name__ == name else _refuse()
-    return value
+        case _:
+            return value
 
 
 def _refuse() -> Any:

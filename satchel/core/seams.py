@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from satchel.core.card import Card
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Activations", "Adapter", "Card", "Method", "Objective", "OptimizerMethod", "Schedule", "WeightFormat"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """What every method shares: a card, a slot, a name, and a spelling that parses back."""
 
@@ -36,13 +38,13 @@ class Method(ABC):
 
     def knobs(self) -> dict[str, Any]:
         """Knob name to value, in the order of declaration."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def __str__(self) -> str:
         """`lora:rank=16,alpha=32`: the name and the knobs that differ from their defaults."""
         changed = [
             f"{f.name}={_spell(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            for f in dataclasses.fields(self)
             if getattr(self, f.name) != f.default
         ]
         return self.name + (":" + ",".join(changed) if changed else "")
@@ -53,7 +55,7 @@ class Method(ABC):
             raise UserError(f"{self.name}: {complaint}")
 
 
-def _spell(value: Any) -> str:
+def _spell(value: float | str | tuple[object, ...] | None) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
