@@ -46,7 +46,7 @@ def median(values: Iterable[float]) -> float:
     return ranked[len(ranked) // 2]
 
 
-def write(name: str, title: str, table: list[dict[str, Any]], **rest: Any) -> Path:
+def write(name: str, title: str, table: list[dict[str, Any]], quiet: bool = False, **rest: Any) -> Path:
     """Write bench/results/NAME.json: `table` goes into the README, `rest` (the single runs, summaries) beside it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     machine = device("cpu")
@@ -55,13 +55,16 @@ def write(name: str, title: str, table: list[dict[str, Any]], **rest: Any) -> Pa
         "title": title,
         "machine": f"{machine.name}, {machine.cores} threads, {versions}",
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")),
         "date": time.strftime("%Y-%m-%d"),
         "table": table,
     }
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(found | rest, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(found | rest, indent=1) + "\n")
+    draft.replace(path)
+    if not quiet:
+        print(f"wrote {path.relative_to(ROOT)}")
     return path
 
 

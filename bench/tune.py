@@ -3,6 +3,9 @@
 SmolLM2-135M-Instruct on Python's own language reference, 4 rows of 256 tokens a step. Both sides get the same weights,
 the same tokens in the same order, the same learning rate and clip. Each measurement is a process of its own; the main
 comparisons are repeated in rounds of changing order, and medians are reported. Ratios are ours to theirs.
+
+`quality` holds each method that the planner may choose, as it would choose it, against the plain job of its slot: our
+side alone, ratios of held-out loss, CPU seconds a step and memory. `make docs` hands it to the planner.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -25,6 +28,7 @@ from bench._tune_loop import BATCH, CONTEXT, HELD_OUT, Tokens
 from bench._tune_satchel import rows
 from satchel.core import book
 from satchel.model.source import find_source
+from satchel.run.planner import DEFAULTS
 
 PATIENCE_S = 2400  # galore-torch's first step decomposes 210 matrices
 LORA = {"adapter": "lora:rank=8,alpha=16", "lr": 1e-3}
@@ -34,6 +38,7 @@ PEFT, PEER_FULL = {"adapter": "lora", "lr": 1e-3}, {"adapter": "none", "lr": 1e-
 WITH_PEFT, WITH_TORCH = "transformers + PEFT", "transformers + torch AdamW"
 MIB = 1 << 20
 RATIOS = {"memory": "above_model_bytes", "CPU": "cpu_s", "loss": "held_out"}  # column: what is compared
+PLAIN = {"optimizer": FULL, "activations": LORA, "format": LORA}  # slots that the planner fills: their plain jobs
 CELLS = {  # column: quantity, its unit, digits
     "MiB above the model": ("above_model_bytes", MIB, 0),
     "CPU s/step": ("cpu_s", 1, 2),
@@ -43,6 +48,9 @@ CELLS = {  # column: quantity, its unit, digits
     "state, MiB": ("state_bytes", MIB, 1),
     "weights, MiB": ("model_bytes", MIB, 0),
 }
+
+
+Side = tuple[str, dict[str, Any]]  # the module that measures, and what it is given
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,9 @@ class Bench:
     work: Path
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def run(self, pairs: list[Pair], steps: int, repetitions: int) -> None:
-        """Measure both sides of the pairs, `repetitions` times in rounds."""
-        sides = {self.key(side, steps): side for pair in pairs for side in both(pair)}
+    def run(self, wanted: list[Side], steps: int, repetitions: int, keep: Callable[[], object]) -> None:
+        """Measure the sides `repetitions` times in rounds; `keep` is called after each measurement."""
+        sides = {self.key(side, steps): side for side in wanted}
         fresh = [key for key in sides if key not in self.found]
         order = interleave(fresh, repetitions)
         for number, key in enumerate(order, 1):
@@ -138,8 +146,13 @@ class Bench:
                 result.get("error") or f"{result['above_model_bytes'] / MIB:.0f} MiB, {result['cpu_s']:.2f} CPU s/step"
             )
             print(f"[{number}/{len(order)}] {key}: {said}", flush=True)
+            keep()
 
-    def result(self, side: tuple[str, dict[str, Any]], steps: int) -> dict[str, Any]:
+    def has(self, side: Side, steps: int) -> bool:
+        """Whether it was measured."""
+        return self.key(side, steps) in self.found
+
+    def result(self, side: Side, steps: int) -> dict[str, Any]:
         """The medians of one side; `error` if any of its measurements failed."""
         results = self.found.get(self.key(side, steps), [{"error": "not measured"}])
         for result in results:
@@ -149,15 +162,37 @@ class Bench:
         return {name: median(result[name] for result in plain) for name in plain[0]}
 
     @staticmethod
-    def key(side: tuple[str, dict[str, Any]], steps: int) -> str:
+    def key(side: Side, steps: int) -> str:
         """What makes a measurement the same as another."""
         return f"{side[0].removeprefix('_tune_')} {steps} {json.dumps(side[1], sort_keys=True)}"
 
 
-def both(pair: Pair) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Module and settings of our side, then of the peer's."""
-    yield "_tune_satchel", {"dtype": "bf16"} | pair.ours
+def both(pair: Pair) -> Iterator[Side]:
+    """Our side, then the peer's."""
+    yield ours(pair.ours)
     yield "_tune_peer", {"dtype": "bf16"} | pair.peer
+
+
+def ours(settings: dict[str, Any]) -> Side:
+    """Our side of a job."""
+    return "_tune_satchel", {"dtype": "bf16"} | settings
+
+
+def choices() -> dict[tuple[str, str], Side]:
+    """What the planner may choose, by slot and method: the plain job of the slot with that method at its defaults."""
+    found = (entry for entry in book.entries() if entry.slot in PLAIN and entry.name != DEFAULTS[entry.slot])
+    return {(entry.slot, entry.name): ours(PLAIN[entry.slot] | {entry.slot: entry.name}) for entry in found}
+
+
+def quality(bench: Bench, steps: int) -> list[dict[str, Any]]:
+    """One line for each choice that was measured: ratios to the plain job of its slot after as many steps."""
+    lines = []
+    for (slot, method), side in choices().items():
+        mine, plain = bench.result(side, steps), bench.result(ours(PLAIN[slot]), steps)
+        if "error" not in mine and "error" not in plain:
+            ratios = {column: round(mine[name] / plain[name], 4) for column, name in RATIOS.items()}
+            lines.append({"slot": slot, "method": method, "steps": steps} | ratios)
+    return lines
 
 
 def row(pair: Pair, ours: dict[str, Any], theirs: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -194,31 +229,53 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+@dataclass(frozen=True)
+class Round:
+    """What is measured for as many steps."""
+
+    pairs: list[Pair]
+    alone: list[Side]  # ours without a peer, for `quality`
+    steps: int
+    repetitions: int
+
+    @property
+    def sides(self) -> list[Side]:
+        """Everything that runs."""
+        return [side for pair in self.pairs for side in both(pair)] + self.alone
+
+
+def rounds(asked: argparse.Namespace) -> list[Round]:
+    """The main comparisons, then one row a method with the plain job of its slot."""
+    counts = [(2, 1), (2, 1)] if asked.quick else [(asked.steps, asked.repetitions), (asked.slot_steps, 1)]
+    chosen = [key for key in choices() if asked.only in " ".join(key)]
+    alone = [ours(PLAIN[slot]) for slot in PLAIN if chosen] + [choices()[key] for key in chosen]
+    pairs = [[pair for pair in some if asked.only in pair.name] for some in (MAIN, SLOTS)]
+    plan = [Round(some, side, *count) for some, side, count in zip(pairs, ([], alone), counts, strict=True)]
+    return [each for each in plan if each.steps and each.sides]
+
+
 def main(given: list[str] | None = None) -> Path:
-    """Measure, and write bench/results/tune.json; what was measured before an interruption is kept."""
+    """Measure, and write bench/results/tune.json after every measurement: an interrupted bench keeps what it has."""
     asked = arguments(given)
-    plan = [(MAIN, asked.steps, asked.repetitions), (SLOTS, asked.slot_steps, 1)]
-    if asked.quick:
-        plan = [(pairs, 2, 1) for pairs, _, _ in plan]
-    plan = [([p for p in pairs if asked.only in p.name], steps, times) for pairs, steps, times in plan if steps]
+    plan = rounds(asked)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        prepare(bench.work, max(steps for _, steps, _ in plan))
-        try:
-            for pairs, steps, times in plan:
-                bench.run(pairs, steps, times)
-        finally:
-            path = report(bench, [(pair, steps) for pairs, steps, _ in plan for pair in pairs], asked)
-    return path
+        prepare(bench.work, max(each.steps for each in plan))
+        for each in plan:
+            bench.run(each.sides, each.steps, each.repetitions, lambda: report(bench, plan, asked, quiet=True))
+    return report(bench, plan, asked)
 
 
-def report(bench: Bench, lines: list[tuple[Pair, int]], asked: argparse.Namespace) -> Path:
-    """Write what was found."""
-    table = [row(pair, *(bench.result(side, steps) for side in both(pair)), steps) for pair, steps in lines]
+def report(bench: Bench, plan: list[Round], asked: argparse.Namespace, quiet: bool = False) -> Path:
+    """Write what was found so far: the rows of which both sides were measured, and our methods against plain jobs."""
+    lines = [(pair, each.steps) for each in plan for pair in each.pairs]
+    measured = [(pair, steps) for pair, steps in lines if all(bench.has(side, steps) for side in both(pair))]
     return write(
         "tune",
         f"SmolLM2-135M, {BATCH} x {CONTEXT} tokens a step, ours / peer",
-        table,
+        [row(pair, *(bench.result(side, steps) for side in both(pair)), steps) for pair, steps in measured],
+        quiet=quiet,
+        quality=quality(bench, plan[-1].steps),
         arguments=vars(asked),
         runs=bench.found,
         unmeasured=unmeasured(MAIN + SLOTS),

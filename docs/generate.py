@@ -1,4 +1,5 @@
-"""Write what is generated: docs/METHODS.md from the cards, README.md's tour and tables from docs/tour.txt and bench/.
+"""Write what is generated: docs/METHODS.md from the cards, README.md's tour and tables from docs/tour.txt and bench/,
+satchel/run/measured.json, what the planner knows of the methods' quality, from bench/results/tune.json.
 
 python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
 """
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from satchel.core import book
 from satchel.core.book import Entry
+from satchel.run.measured import FILE, RATIOS
 
 ROOT = Path(__file__).parent.parent
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
@@ -85,6 +87,16 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def measured() -> str:
+    """The `quality` of the tune bench and where it is from, as the installed package carries it."""
+    path = ROOT / "bench" / "results" / "tune.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    origin = {name: found.get(name) for name in ("commit", "dirty", "date", "machine", "title")}
+    columns = ("slot", "method", "steps", *RATIOS)
+    methods = [{column: line[column] for column in columns} for line in found.get("quality", [])]
+    return json.dumps({"bench": "tune"} | origin | {"methods": methods}, indent=1) + "\n"
+
+
 def tour() -> str:
     """What `make demo` printed; `bash examples/demo.sh > docs/tour.txt` takes it anew."""
     path = ROOT / "docs" / "tour.txt"
@@ -103,7 +115,7 @@ def main() -> int:
     """Write the files that differ; their names on stdout."""
     check = "--check" in sys.argv[1:]
     path = ROOT / "README.md"
-    fresh = {ROOT / "docs" / "METHODS.md": methods(), path: readme(path.read_text())}
+    fresh = {ROOT / "docs" / "METHODS.md": methods(), path: readme(path.read_text()), FILE: measured()}
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is stale: run make docs' if check else 'written'}")

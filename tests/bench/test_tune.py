@@ -1,12 +1,14 @@
 """The bench's two sides do the same work: same tokens, same loss, and every method of the book has its row."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from bench import _tune_peer, _tune_satchel, tune
+from bench import _harness, _tune_peer, _tune_satchel, tune
 from bench._toy import toy
 from bench._tune_loop import Tokens
+from satchel.run.planner import SLOTS
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,45 @@ def work(tmp_path_factory):
 
 def test_every_method_of_the_book_is_measured():
     assert tune.unmeasured(tune.MAIN + tune.SLOTS) == []
+
+
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path, monkeypatch):
+    numbers = iter([1.0, 2.0, 4.0])
+
+    def measured(module, argument, patience_s):
+        number = next(numbers, None)
+        if number is None:
+            raise KeyboardInterrupt
+        return {name: number for name, _, _ in tune.CELLS.values()}
+
+    monkeypatch.setattr(tune, "measure", measured)
+    monkeypatch.setattr(tune, "prepare", lambda *_: None)
+    monkeypatch.setattr(tune, "interleave", lambda keys, times: list(keys))
+    monkeypatch.setattr(_harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(_harness, "device", lambda kind: SimpleNamespace(name="a CPU", cores=2, torch="2"))
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--quick"])
+    kept = json.loads((tmp_path / "tune.json").read_text())
+    assert sum(map(len, kept["runs"].values())) == 3
+    assert [line["loss ratio"] for line in kept["table"]] == [0.5]  # of the second row only our side is there
+
+
+def test_a_choice_of_the_planner_is_compared_with_the_plain_job_of_its_slot(tmp_path):
+    bench = tune.Bench(tmp_path)
+    ours = {("optimizer", "adamw8bit"): 3.0, ("format", "int8"): 5.0}
+    for key, loss in ours.items():
+        bench.found[bench.key(tune.choices()[key], 6)] = [{"held_out": loss, "cpu_s": 2.0, "above_model_bytes": 1.0}]
+    plain = {"held_out": 2.0, "cpu_s": 4.0, "above_model_bytes": 1.0}
+    bench.found[bench.key(tune.ours(tune.FULL), 6)] = [plain]
+    lines = tune.quality(bench, 6)  # the plain job of a format, a LoRA, was not measured
+    assert lines == [{"slot": "optimizer", "method": "adamw8bit", "steps": 6, "memory": 1.0, "CPU": 0.5, "loss": 1.5}]
+
+
+def test_whatever_the_planner_may_choose_has_a_plain_job_beside_it():
+    assert set(tune.PLAIN) == set(SLOTS)
+    asked = tune.arguments(["--quick"])
+    keys = {tune.Bench.key(side, 2) for each in tune.rounds(asked) for side in each.alone}
+    assert {tune.Bench.key(side, 2) for side in tune.choices().values()} < keys
 
 
 def test_both_sides_see_the_same_blocks_in_the_same_order(work):
