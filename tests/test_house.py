@@ -165,11 +165,35 @@ def test_nothing_reads_the_environment_below_the_command_line(path):
         assert not re.search(r"os\.environ|getenv|putenv", path.read_text()), f"{path} reaches for the environment"
 
 
-@pytest.mark.parametrize("entry", book.entries(), ids=lambda e: f"{e.slot}-{e.name}")
-def test_a_method_has_a_test_and_explained_knobs(entry):
-    tests = (TESTS / entry.room).glob("test_*.py")  # its own, or one that it shares with its twins
-    called = re.compile(rf"\b({entry.name}|{entry.lineage[-1][1]})\b")
-    assert any(path.stem == f"test_{entry.name}" or called.search(path.read_text()) for path in tests), entry.path
+each_method = pytest.mark.parametrize("entry", book.entries(), ids=lambda e: f"{e.slot}-{e.name}")
+
+
+@each_method
+def test_a_method_has_a_test_file_of_its_own_that_meets_its_reference(entry):
+    path = TESTS / entry.room / f"test_{entry.name}.py"
+    assert path.exists(), f"{entry.path} has no {path}"
+    met = imported(ast.parse(path.read_text()))
+    reference = entry.card.reference.replace("-", "_")
+    assert not reference or reference in met, f"{path} does not import {reference}, which {entry.name} must equal"
+    assert f"satchel.{entry.room}.{entry.name}" in met, f"{path} does not import {entry.name}"
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules that a test imports, `pytest.importorskip` included, and the packages that they are of."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                names |= {alias.name for alias in aliases}
+            case ast.ImportFrom(module=str(module)):
+                names.add(module)
+            case ast.Call(func=ast.Attribute(attr="importorskip"), args=[ast.Constant(value=str(module)), *_]):
+                names.add(module)
+    return names | {name.partition(".")[0] for name in names}
+
+
+@each_method
+def test_a_method_has_explained_knobs(entry):
     assert entry.doc.partition("\n")[0].endswith((".", "?")), f"{entry.path}: the first line is no sentence"
     for knob in entry.knobs:
         assert knob.comment, f"{entry.path}: {knob.name} has no comment"

@@ -9,8 +9,11 @@ from satchel.compress.nf4 import Nf4
 from satchel.core.errors import UserError
 from satchel.model.adapters import adapter_parameters, attach
 from satchel.model.linear import dense_OI, linears, swap
+from tests.adapt.common import check_trains_as_peft
 from tests.adapt.toys import Toy, stir
 from tests.tolerances import TOLERANCE
+
+peft = pytest.importorskip("peft")
 
 
 def rng() -> torch.Generator:
@@ -44,6 +47,10 @@ def test_scaling_has_the_gradients_of_its_formula(biased):
     y, h, up = (torch.randn(*shape, **double).requires_grad_() for shape in ((5, 7), (5, 2), (7, 2)))
     gain, bias = torch.randn(7, **double).requires_grad_(), torch.randn(7, **double) if biased else None
     assert torch.autograd.gradcheck(lambda y, *rest: _Scale.apply(y * 1, *rest), (y, h, up, 0.7, gain, bias))
+
+
+def test_trains_as_pefts_does():
+    check_trains_as_peft(Dora(rank=4, alpha=8.0), peft, lora_alpha=8, use_dora=True)
 
 
 def test_output_at_birth_is_the_bases():

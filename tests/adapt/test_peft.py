@@ -14,25 +14,14 @@ from satchel.model.adapters import adapted, adapter_parameters, attach, detach
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.names import house_recipes
+from tests.adapt.common import logits, same
 from tests.adapt.toys import stir, tiny_llama
-from tests.tolerances import TOLERANCE
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-TOKENS = torch.arange(24).view(2, 12) * 7 % 97
 METHODS = [Lora(rank=4, alpha=8), RsLora(rank=4, alpha=3), Dora(rank=4, alpha=8)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out = model.eval()(TOKENS)
-    return getattr(out, "logits", out)
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return bool((ours - theirs).norm() <= TOLERANCE[torch.float32] * theirs.norm())
 
 
 def by_peft(folder, **knobs) -> torch.Tensor:

@@ -2,32 +2,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from satchel.train.causal_lm import CausalLM
 from satchel.train.full import Full
+from tests.train.common import gradients, saved_bytes
 from tests.train.toys import toy_batch, toy_decoder
-
-
-def gradients(decoder, policy, batch):
-    decoder.wrap_blocks(policy)
-    decoder.zero_grad()
-    CausalLM().loss(decoder, batch)[0].backward()
-    return [p.grad for p in decoder.parameters()]
-
-
-def saved_bytes(decoder, policy):
-    """Bytes of distinct storages that the forward pass keeps."""
-    decoder.wrap_blocks(policy)
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = CausalLM().loss(decoder, toy_batch())
-    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-    del kept
-    return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 def test_gradients_are_bit_identical_to_keeping_everything():

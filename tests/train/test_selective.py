@@ -4,7 +4,7 @@ import torch
 from satchel.core.errors import UserError
 from satchel.train.full import Full
 from satchel.train.selective import Selective
-from tests.train.test_full import gradients, saved_bytes
+from tests.train.common import gradients, saved_bytes
 from tests.train.toys import toy_batch, toy_decoder
 
 
