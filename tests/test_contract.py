@@ -1,6 +1,7 @@
 """What every method promises, tried on a tiny model; generated from the cards, so that a new method is held to it too.
 
 Every method runs in the job of its slot with all else plain: a model of two layers, three optimizer steps in float32.
+A rehearsal is held to a model that is large enough for its bytes to be tensors' rather than small change.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import typing
 import pytest
 import torch
 
+from satchel.adapt import load_peft, save_peft
 from satchel.core import book
 from satchel.core.card import ACCOUNTS, COSTS, Fidelity
 from satchel.core.errors import UserError
@@ -21,8 +23,10 @@ from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.linear import linears, swap
 from satchel.run.assemble import assemble
+from satchel.run.rehearse import rehearse
 from satchel.run.step import mean_loss, train_step
-from tests.tolerances import TOLERANCE
+from tests.run.real import needs_pool, real_peaks
+from tests.tolerances import REHEARSED, TOLERANCE
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -40,11 +44,15 @@ CONFIG = ModelConfig.from_hf(
 PLAIN = TuneJob(
     model="tiny", data="tiny", dtype="fp32", adapter="none", lr=1e-2, batch=4, context=64, schedule="constant"
 )
+LARGER = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 640}
+LARGER |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+LARGER |= {"rms_norm_eps": 1e-5}
 ENTRIES = book.entries()
+COMPUTED = ("adapter", "optimizer", "format", "activations", "objective")  # slots whose methods touch tensors
 
 
-def entries(*slots, exact=False):
-    chosen = [e for e in ENTRIES if (not slots or e.slot in slots) and (not exact or e.card.fidelity == "exact")]
+def entries(*slots, where=lambda card: True):
+    chosen = [e for e in ENTRIES if (not slots or e.slot in slots) and where(e.card)]
     return pytest.mark.parametrize("entry", chosen, ids=lambda e: f"{e.slot}-{e.name}")
 
 
@@ -57,6 +65,10 @@ def job_of(entry):
     """The plain job with this method in its slot; a format needs an adapter over it."""
     changes = {"adapter": "lora:rank=4"} if entry.slot == "format" else {}
     return PLAIN.replace(**changes, **{entry.slot: spelled(entry)})
+
+
+def large_job_of(entry):
+    return job_of(entry).replace(batch=2, micro_batch=2, context=128)
 
 
 def tiny(job=PLAIN):
@@ -128,18 +140,47 @@ def test_the_ranges_in_the_comments_hold_in_python_too(entry):
                     entry.load()(**{knob.name: int(outside) if knob.kind == "int" else outside})
 
 
-@entries("adapter", "optimizer", "format", "activations", "objective", "schedule")
+@entries(*COMPUTED, "schedule")
 def test_a_step_lowers_the_loss_and_a_seed_fixes_the_run(entry):
     losses, _ = run(job_of(entry))
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     assert run(job_of(entry))[0] == losses
 
 
-@entries("optimizer", "activations", "objective", exact=True)
+@pytest.fixture(scope="module")
+def measured():
+    """The peaks of a real run of every method's job, by job."""
+    jobs = list({large_job_of(entry): None for entry in ENTRIES if entry.slot in COMPUTED})
+    return dict(zip(jobs, real_peaks([(LARGER, job, ()) for job in jobs]), strict=True))
+
+
+@needs_pool
+@entries(*COMPUTED)
+def test_rehearsed_bytes_are_the_measured_ones(entry, measured):
+    job = large_job_of(entry)
+    rehearsed = {phase.name: phase.peak_bytes for phase in rehearse(job, ModelConfig.from_hf(LARGER)).phases}
+    for phase in ("load", "train"):
+        assert rehearsed[phase] == pytest.approx(measured[job][phase], rel=REHEARSED), phase
+
+
+@entries("optimizer", "activations", "objective", where=lambda card: card.fidelity == "exact")
 def test_what_is_exact_gives_the_plain_jobs_losses(entry):
-    plain = PLAIN.replace(adapter="none")
-    losses, _ = run(plain.replace(**{entry.slot: spelled(entry)}), steps=4)
-    assert losses == pytest.approx(run(plain, steps=4)[0], rel=TOLERANCE[torch.float32])
+    losses, _ = run(job_of(entry), steps=4)
+    assert losses == pytest.approx(run(PLAIN, steps=4)[0], rel=TOLERANCE[torch.float32])
+
+
+@entries("optimizer", "activations", "objective", where=lambda card: card.dial)
+def test_the_neutral_end_of_a_dial_is_the_plain_job_or_is_refused(entry):
+    """An adapter's dial has no such end: at any rank the base is frozen."""
+    knob, _, neutral = entry.card.dial
+    plain, _ = run(PLAIN, steps=4)
+    try:
+        losses, _ = run(PLAIN.replace(**{entry.slot: f"{entry.name}:{knob}={neutral}"}), steps=4)
+    except UserError as refusal:
+        assert f"{entry.name}: {knob}={neutral} leaves no" in str(refusal)
+    else:
+        assert losses == plain
+    assert entry.card.fidelity == "exact" or run(job_of(entry), steps=4)[0] != plain
 
 
 @entries("schedule")
@@ -190,6 +231,18 @@ def test_what_merging_adds_is_what_the_adapter_does(entry):
     merged_NO = x_NI @ (place.dense() + delta_OI).T
     with torch.no_grad():
         torch.testing.assert_close(place.eval()(x_NI), merged_NO, rtol=1e-5, atol=TOLERANCE[torch.float32])
+
+
+@entries("adapter", "format")
+def test_what_was_tuned_comes_back_from_disk_with_the_same_output(entry, tmp_path):
+    job = job_of(entry)
+    _, assembly = run(job)
+    save_peft(assembly.model, tmp_path / "adapter")
+    again = tiny(job)
+    untuned = logits(again)
+    load_peft(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(assembly.model))
+    assert not torch.equal(logits(again), untuned)
 
 
 @entries("format")
