@@ -21,6 +21,7 @@ from satchel.adapt._peft_names import Low, fuse, split, their_paths
 from satchel.adapt.dora import Dora
 from satchel.adapt.lora import Lora
 from satchel.core.errors import JobError, ModelError, UserError
+from satchel.core.seams import Adapter
 from satchel.model.adapters import adapted, install
 from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
 from satchel.model.stored import Part, Reader
@@ -61,21 +62,21 @@ def load_peft(
     install(model, {path: low.method for path, low in ours.items()}, torch.Generator(), dtype=dtype, name=name)
     with torch.no_grad():
         for path, low in ours.items():
-            for parameter, tensor in _tensors(model.get_submodule(path).adapters[name], low):
+            for parameter, tensor in _tensors(model.get_submodule(f"{path}.adapters.{name}"), low):
                 parameter.copy_(tensor)
     return list(ours)
 
 
-def _low(path: str, method: Lora, module: nn.Module) -> Low:
+def _low(path: str, method: Adapter, module: nn.Module) -> Low:
     if not isinstance(method, Lora):
         raise UserError(f"{path}: PEFT's LoRA layout has no place for {method.name}; merge it instead")
-    tensors = (getattr(module, part, None) for part in ("A_RI", "B_OR", "m_O"))
-    return Low(method, *(None if t is None else t.detach().float() for t in tensors))
+    held = {name: parameter.detach().float() for name, parameter in module.named_parameters()}
+    return Low(method, held["A_RI"], held["B_OR"], held.get("m_O"))
 
 
 def _tensors(module: nn.Module, low: Low) -> list[tuple[nn.Parameter, Tensor]]:
-    pairs = [(module.A_RI, low.A_RI), (module.B_OR, low.B_OR)]
-    return pairs if low.m_O is None else [*pairs, (module.m_O, low.m_O)]
+    parts = {"A_RI": low.A_RI, "B_OR": low.B_OR, "m_O": low.m_O}
+    return [(module.get_parameter(name), tensor) for name, tensor in parts.items() if tensor is not None]
 
 
 def _spell(path: str, low: Low) -> dict[str, Tensor]:

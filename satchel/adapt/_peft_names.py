@@ -31,11 +31,17 @@ class Low:
 
 def their_paths(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Each map's path in the family's checkpoint, to ours that it holds."""
-    maps = linears(model, ("*",))
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    maps, config = linears(model, ("*",)), _config(model)
+    if config is None:
         return {path: (path,) for path in maps}
-    recipes = hf_recipes(model.config, [f"{path}.weight" for path in maps])
+    recipes = hf_recipes(config, [f"{path}.weight" for path in maps])
     return {_stem(hf): tuple(map(_stem, recipe.sources)) for hf, recipe in recipes.items()}
+
+
+def _config(model: nn.Module) -> ModelConfig | None:
+    """None: not a model of this house."""
+    config = getattr(model, "config", None)
+    return config if isinstance(config, ModelConfig) else None
 
 
 def _stem(parameter: str) -> str:
@@ -46,19 +52,18 @@ def _rows(model: nn.Module, theirs: str, parts: Iterable[str]) -> list[Tensor]:
     """For each of our maps, which rows of the fused one are its own. A bias is split as rows are, in every layout."""
     parts = tuple(parts)
     total = sum(features(model.get_submodule(path))[1] for path in parts)
-    if len(parts) == 1:
+    config = _config(model)
+    if config is None or len(parts) == 1:
         return [torch.arange(total)]
-    recipes = house_recipes(model.config, [f"{theirs}.bias"])
+    recipes = house_recipes(config, [f"{theirs}.bias"])
     return [recipes[f"{path}.bias"].make([torch.arange(total)]) for path in parts]
 
 
 def fuse(model: nn.Module, ours: Mapping[str, Low]) -> dict[str, Low]:
     """Adapters by our paths to adapters by the checkpoint's."""
-    fused, paths = {}, their_paths(model)
-    if homeless := sorted(ours.keys() - {path for parts in paths.values() for path in parts}):
-        raise UserError(
-            f"{homeless[0]}: a {model.config.family} checkpoint has no such map of its own; merge it instead"
-        )
+    fused, paths, config = {}, their_paths(model), _config(model)
+    if config and (homeless := sorted(ours.keys() - {path for parts in paths.values() for path in parts})):
+        raise UserError(f"{homeless[0]}: a {config.family} checkpoint has no such map of its own; merge it instead")
     for theirs, parts in paths.items():
         held = [path for path in parts if path in ours]
         if held:
@@ -81,7 +86,7 @@ def _fuse_map(model: nn.Module, theirs: str, parts: tuple[str, ...], ours: Mappi
         rank = len(low.A_RI)
         B_OR[rows[path], start : start + rank] = low.B_OR.cpu() * (low.method.scale / first.method.scale)
         start += 0 if shared else rank
-        if m_O is not None:
+        if m_O is not None and low.m_O is not None:
             m_O[rows[path]] = low.m_O.cpu()
     return Low(_strong(first.method, len(A_RI)), A_RI, B_OR, m_O)
 

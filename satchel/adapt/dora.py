@@ -9,7 +9,6 @@ Limits: must stand nearest to the map; with `dropout`, only the input of A is dr
 Paper: https://arxiv.org/abs/2402.09353
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +27,15 @@ from satchel.model.linear import dense_OI
 class Decomposed(LowRank):
     """A `LowRank` with a magnitude for each output."""
 
+    square_O: Tensor  # squared row norms of W
+
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, rng: torch.Generator | None) -> None:
         super().__init__(base, rank, scale, dropout, rng)
         norm_O = torch.linalg.vector_norm(dense_OI(base), dim=1, dtype=torch.float32)
         self.m_O = nn.Parameter(norm_O.clone())
         self.register_buffer("square_O", norm_O.square_(), persistent=False)
 
-    def forward(self, x_NI: Tensor, base: nn.Module | Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x_NI: Tensor, base: nn.Module) -> Tensor:
         """The adapted map's output, [N, O]."""
         y_NO, h_NR = self.branches(x_NI, base)
         gain_O = self.m_O / self.norm(base).to(self.m_O.dtype)
@@ -102,7 +103,7 @@ class Dora(Lora):
         )
         return Decomposed(base, self.rank, self.scale, self.dropout, rng)
 
-    def delta(self, module: nn.Module, base: nn.Module) -> Tensor:
+    def delta(self, module: Decomposed, base: nn.Module) -> Tensor:
         """m / n * (W + scale * B A) - W, [O, I] in float32."""
         weight_OI = dense_OI(base).float()
         tuned_OI = weight_OI + module.product()

@@ -85,6 +85,6 @@ class Lora(Adapter):
         """A `LowRank` for the map at `path`."""
         return LowRank(base, self.rank, self.scale, self.dropout, rng)
 
-    def delta(self, module: nn.Module, base: nn.Module) -> Tensor:
+    def delta(self, module: LowRank, base: nn.Module) -> Tensor:
         """scale * B A, [O, I] in float32."""
         return module.product()

@@ -125,13 +125,12 @@ class PlainProgress(_Talking):
             f"step {step}/{self.total}",
             f"loss {metrics['loss']:.3f}",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
-            self._left(step, now),
+            self._left(step, now, *self.first),
             self.memory(metrics),
         ]
         self.console.print(Text("  ".join(filter(None, facts))))
 
-    def _left(self, step: int, now: float) -> str:
-        first_step, first_s = self.first
+    def _left(self, step: int, now: float, first_step: int, first_s: float) -> str:
         if step == first_step or step >= self.total:
             return ""
         return format_seconds((now - first_s) / (step - first_step) * (self.total - step)) + " left"

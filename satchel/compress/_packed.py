@@ -21,6 +21,8 @@ CHUNK = 2**18  # weights that are packed or unpacked at once: their temporaries 
 class Packed(nn.Module):
     """A frozen linear map in packed buffers. `bias` is None until it is set."""
 
+    bias: Tensor | None  # [O]
+
     def __init__(self, weight_OI: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape

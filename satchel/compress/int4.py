@@ -23,6 +23,10 @@ from satchel.core.seams import Card, WeightFormat
 class Int4Linear(Packed):
     """A linear map in groupwise int4. The high nibbles of a row hold its first half, the low ones its second."""
 
+    q_OJ: Tensor
+    scale_OG: Tensor
+    low_OG: Tensor | None  # None: symmetric
+
     def __init__(self, weight_OI: Tensor, group: int, symmetric: bool) -> None:
         super().__init__(weight_OI)
         outputs, inputs = weight_OI.shape

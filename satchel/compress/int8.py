@@ -21,6 +21,9 @@ from satchel.core.seams import Card, WeightFormat
 class Int8Linear(Packed):
     """A linear map in int8."""
 
+    q_OI: Tensor
+    scale_OG: Tensor
+
     def __init__(self, weight_OI: Tensor, group: int) -> None:
         super().__init__(weight_OI)
         groups = self.in_features // group

@@ -42,6 +42,14 @@ SUPER = 256  # blocks that share the scale of their absmax
 class Nf4Linear(Packed):
     """A linear map in nf4. The high nibble of a byte holds the first of two neighbours of a row."""
 
+    q_OJ: Tensor
+    code_16: Tensor
+    absmax_OM: Tensor  # unless doubly quantised, else:
+    a_K: Tensor
+    absmax8_Z: Tensor
+    mean: Tensor
+    code_256: Tensor
+
     def __init__(self, weight_OI: Tensor, block: int, double: bool) -> None:
         super().__init__(weight_OI)
         outputs, inputs = weight_OI.shape
@@ -63,7 +71,7 @@ class Nf4Linear(Packed):
         self.q_OJ[rows] = q_OI[:, ::2] << 4 | q_OI[:, 1::2]
 
     def _store(self, absmax_OM: Tensor, double: bool) -> None:
-        self.double = double
+        self.twice = double
         if not double:
             return self.register_buffer("absmax_OM", absmax_OM)
         code_256 = dynamic_code().to(absmax_OM.device)
@@ -79,7 +87,7 @@ class Nf4Linear(Packed):
 
     def absmax(self, rows: slice) -> Tensor:
         """The largest weight of each block of the rows, [O, M] in float32."""
-        if not self.double:
+        if not self.twice:
             return self.absmax_OM[rows]
         start, stop = rows.start * self.blocks, rows.stop * self.blocks
         scale_Z = self.absmax8_Z[start // SUPER : -(-stop // SUPER)]

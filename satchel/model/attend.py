@@ -62,7 +62,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: fl
     if q.device.type == "cpu":
         return _OnCPU.apply(q, k, v, lengths, scale)
     documents = zip(*(t.split(lengths, dim=1) for t in (q, k, v)), strict=True)
-    return torch.cat([_fused(*document, scale, causal=True) for document in documents], dim=1)
+    return torch.cat([_fused(q, k, v, scale, causal=True) for q, k, v in documents], dim=1)
 
 
 def _fused(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float, causal: bool) -> Tensor:
@@ -119,9 +119,9 @@ class _Block:
         self.queries = slice(start, min(start + BLOCK, q_BTHE.shape[1]))
         past = k_BSKE.shape[1] - q_BTHE.shape[1]
         self.keys = slice(max(0, past + start - window + 1), past + self.queries.stop)
-        at = {"device": q_BTHE.device}
-        query_Q1 = torch.arange(past + start, past + self.queries.stop, **at)[:, None]
-        key_S = torch.arange(self.keys.start, self.keys.stop, **at)
+        device = q_BTHE.device
+        query_Q1 = torch.arange(past + start, past + self.queries.stop, device=device)[:, None]
+        key_S = torch.arange(self.keys.start, self.keys.stop, device=device)
         self.hidden_QS = (key_S > query_Q1) | (key_S <= query_Q1 - window)
         self.groups = q_BTHE.shape[2] // k_BSKE.shape[2]
 

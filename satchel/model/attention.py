@@ -1,13 +1,14 @@
 """Self-attention of every family: projections, norms of queries and keys, rotary positions, attention, output."""
 
 from dataclasses import dataclass
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from satchel.model.attend import attend, attend_documents
 from satchel.model.cache import Cache
 from satchel.model.config import ModelConfig
-from satchel.model.empty import Linear
+from satchel.model.empty import At, Linear
 from satchel.model.functional import rotate
 from satchel.model.norm import make_norm
 from satchel.model.rope import Rope
@@ -27,7 +28,7 @@ class Place:
 class Attention(nn.Module):
     """Causal self-attention of layer `index`."""
 
-    def __init__(self, config: ModelConfig, index: int, **at: object) -> None:
+    def __init__(self, config: ModelConfig, index: int, **at: Unpack[At]) -> None:
         super().__init__()
         kind, dim = config.layer_kinds[index], config.head_dim
         self.index, self.dim, self.rope, self.clip = index, dim, kind.rope, config.clip_qkv

@@ -7,10 +7,13 @@ on_residual  norm(x + f(x))                 OPT-350m
 parallel     x + a(norm(x)) + m(norm'(x))   GPT-NeoX
 """
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from satchel.model.attention import Attention, Place
 from satchel.model.config import ModelConfig
+from satchel.model.empty import At
 from satchel.model.feedforward import FeedForward
 from satchel.model.moe import SparseFeedForward
 from satchel.model.norm import make_norm
@@ -34,7 +37,7 @@ ROLES = {
 class Block(nn.Module):
     """Layer `index` of a decoder."""
 
-    def __init__(self, config: ModelConfig, index: int, **at: object) -> None:
+    def __init__(self, config: ModelConfig, index: int, **at: Unpack[At]) -> None:
         super().__init__()
         self.self_attn = Attention(config, index, **at)
         sparse = config.layer_kinds[index].sparse

@@ -145,7 +145,8 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The saved gradients are ours alone, and are handed over unless the graph is to be walked again.
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        # torch's stub lacks the module.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
         scaled = (t if t is None else t * grad if again else t.mul_(grad) for t in ctx.saved_tensors)
         return *scaled, None, None, None, None, None, None
 
@@ -186,7 +187,9 @@ def _by_vocabulary(
     vocab = len(head.weight_VD)
     width = min(vocab, max(1, chunk * vocab // max(1, len(x_ND))))
     sources = (x_ND, head.weight_VD, head.bias_V)
-    dx_ND, dw_VD, db_V = (torch.empty_like(t) if needed else None for t, needed in zip(sources, needs, strict=True))
+    dx_ND, dw_VD, db_V = (
+        torch.empty_like(t) if t is not None and n else None for t, n in zip(sources, needs, strict=True)
+    )
     scratch = _Scratch(len(x_ND) * width, x_ND)
     sum_ND = None if dx_ND is None else torch.zeros_like(x_ND, dtype=log_sum_N.dtype)
     for start in range(0, vocab, width):
@@ -206,7 +209,9 @@ def _by_vocabulary(
     for scaled in (sum_ND, dw_VD):
         if scaled is not None and head.scale != 1:
             scaled.mul_(head.scale)
-    return None if sum_ND is None else dx_ND.copy_(sum_ND), dw_VD, db_V
+    if dx_ND is not None and sum_ND is not None:
+        dx_ND.copy_(sum_ND)
+    return dx_ND, dw_VD, db_V
 
 
 def _subtract_targets(share_NS: Tensor, targets_N: Tensor, part: slice) -> None:

@@ -6,7 +6,8 @@ Parameters bear Hugging Face's names for Llama whatever the family; `names.py` t
 numbers or copies to the host, so that a decoder of any size builds and runs on fake and meta tensors.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from satchel.model.attention import Place
 from satchel.model.block import Block
 from satchel.model.cache import Cache
 from satchel.model.config import ModelConfig
-from satchel.model.empty import Embedding, Linear
+from satchel.model.empty import At, Embedding, Linear
 from satchel.model.norm import make_norm
 from satchel.model.rope import rope_tables
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Trunk(nn.Module):
     """What lies below the head. It holds the modules; `Decoder` runs them."""
 
-    def __init__(self, config: ModelConfig, **at: object) -> None:
+    def __init__(self, config: ModelConfig, **at: Unpack[At]) -> None:
         super().__init__()
         embed = config.embed_width or config.width
         self.embed_tokens = Embedding(config.vocab, embed, **at)
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activations: Activations | None = None
-        at = {"dtype": dtype, "device": device}
+        at: At = {"dtype": dtype, "device": device}
         self.model = Trunk(config, **at)
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
         if config.tied:
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
             x_BTD = self._kept(block, index)(x_BTD, place)
         return self._finish(x_BTD)
 
-    def _kept(self, block: nn.Module, index: int) -> nn.Module:
+    def _kept(self, block: nn.Module, index: int) -> Callable[..., Tensor]:
         if self.activations is None or not torch.is_grad_enabled():
             return block
         return self.activations.wrap(block, index, len(self.layers))

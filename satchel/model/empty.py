@@ -3,7 +3,17 @@
 torch draws random weights in every constructor, which takes longer than reading them and cannot be switched off.
 """
 
+from typing import TypedDict
+
+import torch
 from torch import nn
+
+
+class At(TypedDict, total=False):
+    """Of which type parameters are, and where they lie."""
+
+    dtype: torch.dtype
+    device: torch.device | str | None
 
 
 class Linear(nn.Linear):

@@ -118,7 +118,7 @@ def _gemma2(hf: HF) -> Fields:
     )
 
 
-_GEMMA3_DEFAULTS = {
+_GEMMA3_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
     "intermediate_size": 9216,

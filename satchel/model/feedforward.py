@@ -1,16 +1,18 @@
 """The dense feed-forward: down(act(gate(x)) * up(x)), or down(act(up(x))) where it has no gate."""
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from satchel.model.config import ModelConfig
-from satchel.model.empty import Linear
+from satchel.model.empty import At, Linear
 from satchel.model.functional import activate, gated
 
 
 class FeedForward(nn.Module):
     """One feed-forward of `hidden` features; also an expert of a sparse one."""
 
-    def __init__(self, config: ModelConfig, hidden: int, **at: object) -> None:
+    def __init__(self, config: ModelConfig, hidden: int, **at: Unpack[At]) -> None:
         super().__init__()
         self.act = config.act
         if config.gated:

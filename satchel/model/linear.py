@@ -6,7 +6,9 @@ A linear map is an `nn.Linear`, transformers' `Conv1D` (its weight is stored [I,
 
 import fnmatch
 from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from satchel.core.errors import ModelError, UnknownName
@@ -17,27 +19,54 @@ OUTER = frozenset({"lm_head", "embed_out", "output_projection", "score", "classi
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
+@runtime_checkable
+class Map(Protocol):
+    """A linear map in other clothes than `nn.Linear`'s: packed or adapted."""
+
+    in_features: int
+    out_features: int
+
+    def dense(self) -> Tensor: ...
+
+
+class Conv1D(Protocol):
+    """transformers' linear map."""
+
+    weight: Tensor  # [I, O]
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear map. Raises ModelError for any other module."""
-    if _is_conv1d(module):
-        return tuple(module.weight.shape)
-    if is_linear(module):
+    if isinstance(module, Map | nn.Linear):
         return module.in_features, module.out_features
-    raise ModelError(f"{type(module).__name__} is no linear map; it has no dense(), in_features and out_features")
+    if _is_conv1d(module):
+        inputs, outputs = module.weight.shape
+        return inputs, outputs
+    raise _no_map(module)
 
 
 def dense_OI(module: nn.Module) -> Tensor:
     """The matrix of a linear map, [O, I]: a view of it where it is stored so, else made anew. Raises ModelError."""
-    features(module)
-    if hasattr(module, "dense"):
+    if isinstance(module, Map):
         return module.dense()
-    return module.weight.detach().T if _is_conv1d(module) else module.weight.detach()
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()
+    if _is_conv1d(module):
+        return module.weight.detach().T
+    raise _no_map(module)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a map's matrix; of a packed one's, that which it is unpacked to. Raises ModelError."""
+    for holder in (getattr(module, "weight", None), module):
+        if isinstance(dtype := getattr(holder, "dtype", None), torch.dtype):
+            return dtype
+    raise _no_map(module)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can go around the module."""
-    packed = all(hasattr(module, name) for name in ("dense", "in_features", "out_features"))
-    return packed or isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, Map | nn.Linear) or _is_conv1d(module)
 
 
 def swap(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -58,7 +87,7 @@ def linears(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Modul
     """
     found = dict(_walk(model, "", set()))
     if not targets:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         return {path: m for path, m in found.items() if m is not head and _last(path) not in OUTER | ROUTERS}
     for target in targets:
         if not any(_matches(path, target) for path in found):
@@ -86,5 +115,10 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None and module.weight.ndim == 2
+def _is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+
+
+def _no_map(module: nn.Module) -> ModelError:
+    return ModelError(f"{type(module).__name__} is no linear map; it has no dense(), in_features and out_features")

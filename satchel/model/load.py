@@ -13,7 +13,7 @@ from torch import nn
 from satchel.core.errors import ModelError
 from satchel.core.seams import WeightFormat
 from satchel.model.decoder import Decoder
-from satchel.model.linear import linears, swap
+from satchel.model.linear import dense_OI, linears, swap
 from satchel.model.source import Source, find_source
 from satchel.model.stored import Part, Reader
 
@@ -54,15 +54,15 @@ def fill(
             out = torch.empty(shell.shape, dtype=shell.dtype, device=device)
             reader.read(parts[f"{path}.{name}"], out)
             setattr(module, name, nn.Parameter(out))
-        if path in packed:
+        if format and path in packed:
             swap(decoder, path, _pack(format, module))
     return decoder.eval()
 
 
 def _pack(format: WeightFormat, module: nn.Module) -> nn.Module:
-    packed = format.pack(module.weight.detach())
-    if module.bias is not None:
-        packed.bias = module.bias.detach()
+    packed, bias_O = format.pack(dense_OI(module)), getattr(module, "bias", None)
+    if bias_O is not None:
+        packed.bias = bias_O.detach()
     return packed
 
 

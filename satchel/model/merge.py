@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from satchel.core.errors import ModelError, UserError
 from satchel.model.adapters import Adapted, adapted
-from satchel.model.linear import dense_OI, swap
+from satchel.model.linear import dense_OI, dtype_of, swap
 
 # N tokens, I inputs, O outputs
 
@@ -58,7 +58,7 @@ def _merged(path: str, place: Adapted) -> nn.Module:
     if isinstance(getattr(place.base, "weight", None), nn.Parameter):
         dense_OI(place.base).copy_(exact_OI)
         return place.base
-    return _linear(place, exact_OI.to(place.base.dtype)).train(place.training)
+    return _linear(place, exact_OI.to(dtype_of(place.base))).train(place.training)
 
 
 @torch.no_grad()
@@ -122,7 +122,8 @@ def _linear(place: Adapted, weight_OI: Tensor) -> nn.Linear:
     linear = nn.Linear(place.in_features, place.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
     bias_O = getattr(place.base, "bias", None)
-    linear.bias = None if bias_O is None else nn.Parameter(bias_O.detach().to(weight_OI.dtype), requires_grad=False)
+    if bias_O is not None:
+        linear.bias = nn.Parameter(bias_O.detach().to(weight_OI.dtype), requires_grad=False)
     return linear
 
 

@@ -9,12 +9,14 @@ How many rows each expert gets depends on the data. On fake and meta tensors, wh
 out evenly: the same bytes and operations in all, in batches that are as equal as can be.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from satchel.model.config import ModelConfig
-from satchel.model.empty import Linear
+from satchel.model.empty import At, Linear
 from satchel.model.feedforward import FeedForward
 from satchel.model.functional import wide
 
@@ -32,7 +34,7 @@ def rows_per_expert(expert_NK: Tensor, experts: int) -> list[int]:
 class SparseFeedForward(nn.Module):
     """A mixture of experts, with the names that most checkpoints use: `gate` is the router."""
 
-    def __init__(self, config: ModelConfig, **at: object) -> None:
+    def __init__(self, config: ModelConfig, **at: Unpack[At]) -> None:
         super().__init__()
         self.per_token, self.normalize = config.experts_per_token, config.normalize_experts
         self.gate = Linear(config.width, config.experts, False, **at)
@@ -45,7 +47,7 @@ class SparseFeedForward(nn.Module):
         x_ND = x.reshape(-1, x.shape[-1])
         weight_NK, expert_NK = self.route(x_ND)
         y_ND = self._visit(x_ND, weight_NK, expert_NK)
-        if self.shared_expert is not None:
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
             y_ND = y_ND + self.shared_expert_gate(x_ND).sigmoid() * self.shared_expert(x_ND)
         return y_ND.view(x.shape)
 

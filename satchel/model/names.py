@@ -161,9 +161,9 @@ def house_recipes(config: ModelConfig, hf_names: Iterable[str]) -> dict[str, Rec
     """
     recipes = {}
     for on_disk in hf_names:
-        found = _held(config, on_disk)
-        for place, name in enumerate(found[1] if found else ()):
-            recipes[name] = Recipe((on_disk,), _part(config, found[0].layout, place))
+        if found := _held(config, on_disk):
+            for place, name in enumerate(found[1]):
+                recipes[name] = Recipe((on_disk,), _part(config, found[0].layout, place))
     if config.tied:
         recipes.pop("lm_head.weight", None)
     return recipes

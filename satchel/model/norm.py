@@ -1,17 +1,19 @@
 """The norms of all families behind one constructor."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from satchel.model.config import ModelConfig
-from satchel.model.empty import LayerNorm
+from satchel.model.empty import At, LayerNorm
 from satchel.model.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; see `functional.rms_norm` for the two options."""
 
-    def __init__(self, width: int, eps: float, plus_one: bool, late_cast: bool, **at: object) -> None:
+    def __init__(self, width: int, eps: float, plus_one: bool, late_cast: bool, **at: Unpack[At]) -> None:
         super().__init__()
         self.eps, self.plus_one, self.late_cast = eps, plus_one, late_cast
         self.weight = nn.Parameter(torch.empty(width, **at))
@@ -25,7 +27,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, plus_one={self.plus_one}, late_cast={self.late_cast}"
 
 
-def make_norm(config: ModelConfig, width: int, **at: object) -> nn.Module:
+def make_norm(config: ModelConfig, width: int, **at: Unpack[At]) -> nn.Module:
     """The norm that the configuration names, over `width` features; `at` is dtype and device."""
     if config.norm.startswith("layer"):
         return LayerNorm(width, config.norm_eps, elementwise_affine=config.norm == "layer", **at)

@@ -98,7 +98,7 @@ def write_safetensors(path: Path, tensors: Sequence[Outgoing]) -> None:
         file.write(_header(tensors))
         for tensor in tensors:
             plain = tensor.make().to("cpu").contiguous()
-            file.write(memoryview(plain.view(-1).view(torch.uint8).numpy()))
+            file.write(plain.view(-1).view(torch.uint8).numpy().data)
             del plain
         file.flush()
         os.fsync(file.fileno())

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from satchel.core.errors import ModelError
@@ -20,7 +19,7 @@ from satchel.core.units import format_bytes
 from satchel.model.adapters import Adapted
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.linear import dense_OI, is_linear
+from satchel.model.linear import dense_OI, dtype_of, is_linear
 from satchel.model.names import Recipe, hf_recipes
 from satchel.model.safetensors_io import Outgoing, write_safetensors
 from satchel.model.source import Source, load_tokenizer
@@ -86,13 +85,9 @@ def outgoing(decoder: Decoder) -> list[Outgoing]:
 
 
 def _outgoing(name: str, recipe: Recipe, decoder: Decoder, shells: dict[str, nn.Parameter]) -> Outgoing:
-    dtype = _weight_dtype(decoder.get_submodule(recipe.sources[0].rpartition(".")[0]))
+    dtype = dtype_of(decoder.get_submodule(recipe.sources[0].rpartition(".")[0]))
     shape = tuple(recipe.make([shells[source] for source in recipe.sources]).shape)
     return Outgoing(name, shape, dtype, lambda: recipe.make([_tensor(decoder, s) for s in recipe.sources]))
-
-
-def _weight_dtype(module: nn.Module) -> torch.dtype:
-    return module.weight.dtype if isinstance(getattr(module, "weight", None), Tensor) else module.dtype
 
 
 def _tensor(decoder: Decoder, name: str) -> Tensor:

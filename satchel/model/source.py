@@ -110,7 +110,7 @@ def _part(recipe: Recipe, stored: Stored) -> Part:
     view = recipe.make([probe])
     if view.untyped_storage()._cdata == probe.untyped_storage()._cdata:
         if view.is_contiguous():
-            return Part(stored.name, first=view.storage_offset())
+            return Part(stored.name, first=int(view.storage_offset()))
         if view.dim() == 2 and view.numel() == probe.numel() and view.T.is_contiguous():
             return Part(stored.name, into=torch.t)
     return Part(stored.name, make=lambda whole: recipe.make([whole]))

@@ -23,7 +23,7 @@ LR_ADAPTER, LR_FULL = 1e-3, 1e-4  # peak learning rates of a job that names none
 class Assembly:
     """A model that is ready to train, and what trains it."""
 
-    model: nn.Module
+    model: Decoder
     optimizer: torch.optim.Optimizer
     objective: Objective
     schedule: Schedule

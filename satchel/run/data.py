@@ -27,7 +27,8 @@ from satchel.run.records import Place, Record, kind_of, read_records
 class Tokenizer(Protocol):
     """What reading needs of a tokenizer."""
 
-    eos_id: int | None
+    @property
+    def eos_id(self) -> int | None: ...
 
     def encode(self, text: str, special: bool = False) -> list[int]: ...
 

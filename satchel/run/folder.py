@@ -47,14 +47,14 @@ def claim(job: TuneJob, data: str, model: str) -> None:
     check_out(job)
     path = Path(job.out) / CLAIM
     mine = {"job": job.to_dict(), "data": data, "model": model}
-    if not job.resume:
+    before = begun_with(job.out) if job.resume else None
+    if before is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(mine, indent=1))
         return
-    before = begun_with(job.out).to_dict()
     for name, value in mine["job"].items():
-        if name not in FREE and before[name] != value:
-            raise UserError(f"resume: {name} was {before[name]!r} and is {value!r}; {_way_out(job.out)}")
+        if name not in FREE and getattr(before, name) != value:
+            raise UserError(f"resume: {name} was {getattr(before, name)!r} and is {value!r}; {_way_out(job.out)}")
     held = json.loads(path.read_text())
     for name in ("data", "model"):
         if held[name] != mine[name]:

@@ -80,7 +80,7 @@ class Rows:
         """A hash of all tokens and of how they lie in rows."""
         digest = hashlib.blake2b(digest_size=16)
         for values in (self.corpus.tokens_N, self.corpus.learnt_N, self.starts_P, self.lengths_P, self.bounds_R1):
-            digest.update(np.ascontiguousarray(values))
+            digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:

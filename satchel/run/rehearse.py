@@ -92,7 +92,7 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
 
 
 @dataclass(frozen=True)
-class _Marking:
+class _Marking(Activations):
     """An activation policy that marks where each block's forward and backward begin, around the job's own."""
 
     inner: Activations | None
