@@ -1,11 +1,12 @@
-"""Compile a C++ file of this folder against the installed torch, once, into the user's cache.
+"""Compile a C++ file of this folder, once, into the user's cache.
 
-The result is keyed by source, torch version and compiler, so an upgrade of either compiles anew. A machine without a
-compiler gets None and the caller falls back to what torch offers.
+The result is keyed by the compiler's command, the source, the version of torch and the processor, so that a change of
+one compiles anew. A machine without a compiler gets None and the caller falls back to what torch offers.
 """
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,13 @@ from pathlib import Path
 import torch
 
 CACHE = Path.home() / ".cache" / "satchel" / "native"
+TORCH = Path(torch.__file__).parent
+CPUINFO = Path("/proc/cpuinfo")
+
+WITH_TORCH = ("-O2", f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}")
+# For arithmetic on arrays: vectors as wide as the processor has. No rounding differs from what the source says, so none
+# of -ffast-math; but sqrt sets no errno, and nobody looks at the floating-point flags.
+ARITHMETIC = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 
 
 def compiler() -> str | None:
@@ -21,31 +29,33 @@ def compiler() -> str | None:
     return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-def build(name: str, cache: Path = CACHE) -> Path | None:
-    """The shared library of `name`.cpp, compiled on first use (about 3 s); None where that is not possible.
+def build(name: str, flags: tuple[str, ...] = WITH_TORCH, cache: Path = CACHE) -> Path | None:
+    """The shared library of `name`.cpp, compiled on first use (1-3 s); None where that is not possible.
 
     Two processes may build at once: each writes a file of its own and renames it into place.
     """
     source, cxx = Path(__file__).with_name(f"{name}.cpp"), compiler()
     if cxx is None:
         return None
-    key = hashlib.sha256(source.read_bytes() + torch.__version__.encode() + cxx.encode()).hexdigest()[:16]
-    target = cache / f"{name}-{key}.so"
+    command = [cxx, "-std=c++20", "-shared", "-fPIC", str(source), *flags]
+    made_of = (*command, source.read_text(), torch.__version__, processor())
+    target = cache / f"{name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 library = Path(folder) / target.name
-                subprocess.run(_command(cxx, source, library), check=True, capture_output=True, timeout=300)
+                subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, timeout=300)
                 os.replace(library, target)
         except (OSError, subprocess.SubprocessError):
             return None
     return target
 
 
-def _command(cxx: str, source: Path, library: Path) -> list[str]:
-    root = Path(torch.__file__).parent
-    return [
-        *(cxx, "-O2", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", str(source), "-o", str(library)),
-        *(f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"),
-    ]
+def processor() -> str:
+    """What -march=native depends on; homes are shared between machines."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from satchel.native.adam import CODES, Array
+
 # N elements, a multiple of BLOCK but in a parameter's last slice; C blocks, B elements of a block
 
 BLOCK = 256
@@ -27,7 +29,7 @@ class Codebook(NamedTuple):
 
     value_256: Tensor  # float32, ascending
     midpoint_256: Tensor  # float32, between a code and the next; nothing is above the last
-    lower_65536: Tensor  # int32, the code of the least value of each cell
+    cell_65536: Tensor  # int32: the code of the cell's least value | 2^16 * the lower bits of the last nearest to it
 
 
 @cache
@@ -43,13 +45,19 @@ def codes(signed: bool) -> tuple[float, ...]:
 
 @cache
 def codebook(signed: bool, device: torch.device) -> Codebook:
-    """The codes and what finding the nearest takes: 260 KiB, made once for a device."""
+    """The codes and what finding the nearest takes: 260 KiB, made once for a device.
+
+    A negative value's lower bits are counted inverted, so that they rise with the value.
+    """
     value = torch.tensor(codes(signed))
     midpoint = torch.cat([(value[1:] + value[:-1]) / 2, torch.tensor([float("inf")])])
     cell = torch.arange(1 << 16, dtype=torch.int32)
     least = torch.where(cell < 1 << 15, cell << 16, (cell << 16) | 0xFFFF).view(torch.float32)
     lower = torch.bucketize(least, midpoint[:-1], out_int32=True)
-    return Codebook(*(t.to(device) for t in (value, midpoint, lower)))
+    bits = midpoint[:-1].view(torch.int32)
+    last = torch.full((1 << 16,), 0xFFFF, dtype=torch.int32)
+    last[((bits >> 16) & 0xFFFF).long()] = torch.where(bits < 0, ~bits, bits) & 0xFFFF
+    return Codebook(*(t.to(device) for t in (value, midpoint, lower | last << 16)))
 
 
 def quantise(wide_N: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
@@ -58,7 +66,7 @@ def quantise(wide_N: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     scale_C = block_CB.abs().amax(1)
     unit_N = block_CB.div_(scale_C.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)
     cell_N = (unit_N.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    code_N = book.lower_65536.index_select(0, cell_N)
+    code_N = book.cell_65536.index_select(0, cell_N).bitwise_and_(0xFF)
     code_N.add_(unit_N > book.midpoint_256.index_select(0, code_N))
     return code_N[: wide_N.numel()].to(torch.uint8), scale_C
 
@@ -97,6 +105,12 @@ class Blockwise:
         code_N, scale_C = quantise(wide_N, codebook(signed, codes_N.device))
         codes_N[cut].copy_(code_N)
         scales_C[_of_blocks(cut)].copy_(scale_C)
+
+    def array(self, held: Sequence[Tensor], signed: bool) -> Array:
+        """The moment as the kernel knows it."""
+        code_N, scale_C = held
+        book = codebook(signed, code_N.device)
+        return Array(CODES, code_N, scale=scale_C, value=book.value_256, cell=book.cell_65536)
 
 
 def _of_blocks(cut: slice) -> slice:

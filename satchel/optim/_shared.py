@@ -1,15 +1,17 @@
 """What the optimizers share: how they walk over parameters, keep moments, and land an update in a narrow parameter.
 
-Every elementwise update is one operator, `satchel::adam_`: a rehearsal sees one operation a parameter, while a real
-step runs over slices that stay in the processor's cache, so that its temporaries are a few slices whatever the model.
+Every elementwise update is one operator, `satchel::adam_` or `satchel::move_`: a rehearsal sees one operation a
+parameter. On a CPU it is the kernel of native/adam.cpp, one pass over memory. Elsewhere, and without a C++ compiler, it
+is the same arithmetic in torch over slices that stay in the processor's cache, so that temporaries are a few slices
+whatever the model. Both give the same bits.
 
 A bfloat16 parameter has 8 bits of precision: an update below 1/512 of it is lost by rounding to nearest. Two cures:
 
     stochastic   round up with a probability of the distance to the lower neighbour: right on average, no bytes
     fp32         keep the low 16 bits beside the parameter: the exact float32 master at 2 bytes a parameter
 
-The noise of stochastic rounding is drawn anew for each parameter and step from (seed, parameter, step): nothing to
-save, and a resumed run continues bit for bit.
+The noise of stochastic rounding is a hash of (seed, element), and the seed one of (job's seed, parameter, step):
+nothing to save, a resumed run continues bit for bit, and slices and threads change nothing.
 """
 
 import zlib
@@ -22,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.errors import UserError
+from satchel.native.adam import KINDS, SPLIT, STOCHASTIC, Array, Rates, kernel, takes
 from satchel.optim._blockwise import BLOCK, Blockwise
 
 # N elements of a flattened parameter, or of one slice of it
 
 ROUNDINGS = ("stochastic", "fp32", "nearest")
 SLICE = {"cpu": 1 << 17}  # elements worked on at once: 512 KiB in float32 stays in a core's cache
-SHIFT = 64  # a parameter and its second moment take the same noise, this many elements apart
 SLICE_DEVICE = 1 << 22  # elsewhere a slice has to fill the machine
 
 
@@ -62,10 +64,28 @@ def widen(x_N: Tensor) -> Tensor:
     return x_N if x_N.dtype == torch.float32 else x_N.float()
 
 
-def draw(count: int, rng: torch.Generator) -> Tensor:
-    """int32 numbers, uniform in [0, 2^16): four from each word of the generator."""
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=rng.device)
-    return words.random_(-(2**63), None, generator=rng).view(torch.int16)[:count].to(torch.int32).add_(1 << 15)
+def hashed(seed: int, cut: slice, device: torch.device) -> Tensor:
+    """32 random bits for each element of a slice, in int32; as in native/adam.cpp."""
+    x_N = torch.arange(cut.stop - cut.start, dtype=torch.int32, device=device).add_(_int32(seed + cut.start))
+    x_N.bitwise_xor_(_upper(x_N, 16)).mul_(0x7FEB352D)
+    x_N.bitwise_xor_(_upper(x_N, 15)).add_(_int32(seed * 0x9E3779B9)).mul_(_int32(0x846CA68B))
+    return x_N.bitwise_xor_(_upper(x_N, 16))
+
+
+def noises(seed: int, cut: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two independent int32 numbers for each element of a slice, uniform in [0, 2^16)."""
+    bits_N = hashed(seed, cut, device)
+    return bits_N & 0xFFFF, _upper(bits_N, 16)
+
+
+def _upper(x_N: Tensor, shift: int) -> Tensor:
+    """x_N shifted right with zeros coming in."""
+    return (x_N >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+
+
+def _int32(number: int) -> int:
+    """The signed number with the same lower 32 bits."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def land_(x_N: Tensor, wide_N: Tensor, noise_N: Tensor | None) -> None:
@@ -91,6 +111,26 @@ def split_(high_N: Tensor, low_N: Tensor, wide_N: Tensor) -> None:
     low_N.copy_(bits_N.sub_(rounded_N))
 
 
+def master(x_N: Tensor, low_N: Tensor | None) -> Tensor:
+    """The float32 value of a parameter; x_N itself if it is float32."""
+    return widen(x_N) if low_N is None else join(x_N, low_N)
+
+
+def land_master_(x_N: Tensor, low_N: Tensor | None, wide_N: Tensor, noise_N: Tensor | None) -> None:
+    """Write a parameter's float32 value, which is used up."""
+    if low_N is None:
+        land_(x_N, wide_N, noise_N)
+    else:
+        split_(x_N, low_N, wide_N)
+
+
+def parameter_array(x_N: Tensor, low_N: Tensor | None, rounding: str) -> Array:
+    """A parameter as the kernel knows it."""
+    if low_N is not None:
+        return Array(SPLIT, x_N, low=low_N)
+    return Array(STOCHASTIC if rounding == "stochastic" and x_N.dtype != torch.float32 else KINDS[x_N.dtype], x_N)
+
+
 @dataclass(frozen=True)
 class Plain:
     """Moments kept in one dtype. bfloat16 takes a slowly moving second moment only with stochastic rounding."""
@@ -108,6 +148,11 @@ class Plain:
     def write_(self, held: Sequence[Tensor], cut: slice, wide_N: Tensor, signed: bool, noise_N: Tensor | None) -> None:
         """Put the slice back. The first moment moves by a tenth of itself a step, far above bfloat16's rounding."""
         land_(held[0][cut], wide_N, None if signed else noise_N)
+
+    def array(self, held: Sequence[Tensor], signed: bool) -> Array:
+        """The moment as the kernel knows it."""
+        narrow = self.dtype == torch.bfloat16 and not signed
+        return Array(STOCHASTIC if narrow else KINDS[self.dtype], held[0])
 
 
 STORES = {"fp32": Plain(torch.float32), "bf16": Plain(torch.bfloat16), "8bit": Blockwise()}
@@ -130,6 +175,15 @@ def zero_moments(store: str, count: int, device: torch.device) -> dict[str, Tens
     }
 
 
+def parts(
+    held: Sequence[Tensor], x_N: Tensor, rounding: str
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]:
+    """What an operator holds of a parameter: the first moment's tensors, the second's, and the low bits if kept."""
+    split = rounding == "fp32" and x_N.dtype != torch.float32
+    count = (len(held) - split) // 2
+    return held[:count], held[count : 2 * count], held[-1] if split else None
+
+
 torch.library.define(
     "satchel::adam_",
     "(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, str store, str rounding, float beta1, float beta2, float eps, "
@@ -137,9 +191,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("satchel::adam_", "default")
 @few_barriers()
-def _adam_(
+def adam_in_torch_(
     x_N: Tensor,
     g_N: Tensor,
     held: list[Tensor],
@@ -156,26 +209,33 @@ def _adam_(
 
     `held` is the first moment's tensors, the second's, and for rounding "fp32" of a bfloat16 x the low bits.
     """
-    moments, rng = STORES[store], torch.Generator(x_N.device).manual_seed(seed)
-    noisy = store == "bf16" or (rounding == "stochastic" and x_N.dtype != torch.float32)
-    split = rounding == "fp32" and x_N.dtype != torch.float32
-    parts = (len(held) - split) // 2
-    first, second = held[:parts], held[parts : 2 * parts]
+    moments, noisy = STORES[store], store == "bf16" or (rounding == "stochastic" and x_N.dtype != torch.float32)
+    first, second, low_N = parts(held, x_N, rounding)
     for cut in slices(x_N.numel(), x_N.device):
         g = widen(g_N[cut])
         m = moments.read(first, cut, True).lerp_(g, 1 - beta1)
         v = moments.read(second, cut, False).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        x = join(x_N[cut], held[-1][cut]) if split else widen(x_N[cut])
-        if keep != 1:
-            x.mul_(keep)
+        low = None if low_N is None else low_N[cut]
+        x = master(x_N[cut], low).mul_(keep)
         x.addcdiv_(m, v.sqrt().add_(eps), value=-step_size)
-        noise = draw(g.numel() + SHIFT, rng) if noisy else None
+        x_noise, v_noise = noises(seed, cut, x_N.device) if noisy else (None, None)
         moments.write_(first, cut, m, True, None)
-        moments.write_(second, cut, v, False, noise[SHIFT:] if noisy else None)
-        if split:
-            split_(x_N[cut], held[-1][cut], x)
-        else:
-            land_(x_N[cut], x, noise[:-SHIFT] if noisy and rounding == "stochastic" else None)
+        moments.write_(second, cut, v, False, v_noise)
+        land_master_(x_N[cut], low, x, x_noise if rounding == "stochastic" else None)
+
+
+torch.library.impl("satchel::adam_", "default", adam_in_torch_)
+
+
+@torch.library.impl("satchel::adam_", "CPU")
+def _(x_N: Tensor, g_N: Tensor, held: list[Tensor], store: str, rounding: str, *numbers: Any) -> None:
+    native = kernel()
+    if native is None or not takes(x_N, g_N):
+        return adam_in_torch_(x_N, g_N, held, store, rounding, *numbers)
+    (beta1, beta2, *rates, seed), (first, second, low_N) = numbers, parts(held, x_N, rounding)
+    x, g = parameter_array(x_N, low_N, rounding), Array(KINDS[g_N.dtype], g_N)
+    m, v = STORES[store].array(first, True), STORES[store].array(second, False)
+    native.adam_(x, g, m, v, Rates(1 - beta1, beta2, 1 - beta2, *rates), x_N.numel(), seed)
 
 
 @torch.library.register_fake("satchel::adam_")
@@ -191,19 +251,26 @@ torch.library.define(
 )
 
 
-@torch.library.impl("satchel::move_", "default")
 @few_barriers()
-def _move_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
+def move_in_torch_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
     """x = keep * x + step, landed as `rounding` says; low_N is the low half of x's bits, if that is kept."""
-    rng = torch.Generator(x_N.device).manual_seed(seed)
     noisy = rounding == "stochastic" and x_N.dtype != torch.float32
     for cut in slices(x_N.numel(), x_N.device):
-        x = widen(x_N[cut]) if low_N is None else join(x_N[cut], low_N[cut])
-        x.mul_(keep).add_(step_N[cut])
-        if low_N is None:
-            land_(x_N[cut], x, draw(x.numel(), rng) if noisy else None)
-        else:
-            split_(x_N[cut], low_N[cut], x)
+        low = None if low_N is None else low_N[cut]
+        x = master(x_N[cut], low).mul_(keep).add_(step_N[cut])
+        land_master_(x_N[cut], low, x, noises(seed, cut, x_N.device)[0] if noisy else None)
+
+
+torch.library.impl("satchel::move_", "default", move_in_torch_)
+
+
+@torch.library.impl("satchel::move_", "CPU")
+def _(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
+    native = kernel()
+    if native is None or not takes(x_N, step_N):
+        return move_in_torch_(x_N, step_N, low_N, rounding, keep, seed)
+    step = Array(KINDS[step_N.dtype], step_N)
+    native.move_(parameter_array(x_N, low_N, rounding), step, keep, x_N.numel(), seed)
 
 
 @torch.library.register_fake("satchel::move_")

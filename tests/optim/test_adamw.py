@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from satchel.core.errors import UserError
-from satchel.optim._shared import draw, join, land_, split_
+from satchel.optim import _shared
+from satchel.optim._shared import join, land_, noises, split_
 from satchel.optim.adamw import AdamW
 from tests.optim import common
 from tests.tolerances import TOLERANCE
 
 ROUNDINGS, STORES = ("stochastic", "fp32", "nearest"), ("follow", "fp32", "bf16")
+CPU = torch.device("cpu")
 EXACT = TOLERANCE[torch.float32]
 
 
@@ -55,21 +57,34 @@ def test_split_and_join_are_exact_and_high_is_nearest():
 
 
 def test_stochastic_rounding_is_right_on_average_and_keeps_exact_values():
-    rng, count = torch.Generator().manual_seed(0), 400_000
+    count = 400_000
     step = 2.0**-7  # between neighbours at 1
     for share in (0.0, 0.1, 0.5, 0.9):
         x = torch.empty(count, dtype=torch.bfloat16)
-        land_(x, torch.full((count,), -1 - share * step), draw(count, rng))
+        land_(x, torch.full((count,), -1 - share * step), noises(round(share * 10), slice(0, count), CPU)[0])
         assert set(x.unique().tolist()) <= {-1.0, -1 - step}
         up = (x != -1).double().mean().item()
         assert abs(up - share) <= 5 * (share * (1 - share) / count) ** 0.5 + 1e-4 * (share > 0)
 
 
-def test_noise_is_uniform():
-    draws = draw(1_000_003, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 0xFFFF_FFFF])
+def test_noise_is_uniform(which, seed):
+    draws = noises(seed, slice(0, 1_000_003), CPU)[which]
     assert draws.min() >= 0 and draws.max() < 1 << 16
-    counts = torch.bincount(draws >> 8, minlength=256).double()
-    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 350  # chi-square, 255 degrees: p < 1e-4
+    for digit in (draws >> 8, draws & 0xFF):
+        counts = torch.bincount(digit, minlength=256).double()
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 350  # chi-square, 255 degrees: p < 1e-4
+
+
+def test_noises_are_independent_of_each_other_their_neighbours_and_other_seeds():
+    whole = slice(0, 400_000)
+    x, v = (n.double() for n in noises(7, whole, CPU))
+    others = [v, x.roll(1), v.roll(1), x.roll(256), *(noises(seed, whole, CPU)[0].double() for seed in (8, 9, 1 << 31))]
+    others += [noises(7, slice(1 << 20, (1 << 20) + 400_000), CPU)[0].double()]
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 5 / 400_000**0.5
+    assert torch.equal(noises(7, slice(1000, 2000), CPU)[0].double(), x[1000:2000])
 
 
 def test_small_updates_survive_in_bfloat16_but_not_with_rounding_to_nearest():
@@ -116,8 +131,11 @@ class TestEveryChoice:
         assert common.state_bytes(optimizer) == count * (2 * moment + 2 * (narrow and rounding == "fp32"))
 
 
-def test_temporaries_are_a_few_slices():
-    common.check_temporaries_are_bounded(AdamW(), 12 << 19)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_temporaries_are_a_few_slices_without_the_kernel_and_none_with_it(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(_shared, "kernel", lambda: None)
+    common.check_temporaries_are_bounded(AdamW(), 12 << 19 if _shared.kernel() is None else 4096)
 
 
 def test_the_seed_decides_the_noise():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from satchel.optim import _shared
 from satchel.optim._blockwise import BLOCK, codebook, codes, dequantise, quantise
 from satchel.optim.adamw import AdamW
 from satchel.optim.adamw8bit import AdamW8bit
@@ -123,5 +124,8 @@ def test_a_parameter_that_ends_within_a_block_learns_to_its_last_element():
     torch.testing.assert_close(p.detach(), torch.full((4999,), 0.5), rtol=0.02, atol=0)
 
 
-def test_temporaries_are_a_few_slices():
-    common.check_temporaries_are_bounded(AdamW8bit(), 16 << 19)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_temporaries_are_a_few_slices_without_the_kernel_and_none_with_it(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(_shared, "kernel", lambda: None)
+    common.check_temporaries_are_bounded(AdamW8bit(), 16 << 19 if _shared.kernel() is None else 4096)
