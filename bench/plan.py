@@ -1,9 +1,9 @@
 """Predicted against measured: the peak of tensors, the peak of resident bytes and the seconds per step of real runs.
 
 Every row is a process that plans its job as `satchel tune` does, then loads, trains, evaluates and writes it. Nothing
-is fitted to these rows; what was ever calibrated (the planner's GROWTH, the device's curves) saw neither the shapes nor
-the methods in HELD_OUT. Beside it: other estimators on the same rows, the time that a rehearsal takes, and what
-satchel's allocator does for resident bytes and costs in time.
+is fitted to these rows; what was ever calibrated (the planner's GROWTH, the tracker's PACKED, the device's curves) saw
+neither the shapes nor the methods in HELD_OUT. Beside it: other estimators on the same rows, the time that a rehearsal
+takes, and what satchel's allocator does for resident bytes and costs in time.
 """
 
 import argparse

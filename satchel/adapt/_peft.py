@@ -23,6 +23,7 @@ from satchel.adapt.lora import Lora
 from satchel.core.errors import JobError, ModelError, UserError
 from satchel.core.seams import Adapter
 from satchel.model.adapters import adapted, install
+from satchel.model.disk import write_text
 from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
 from satchel.model.stored import Part, Reader
 
@@ -131,10 +132,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as draft:
             entries = [Outgoing(key, tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()]
             write_safetensors(Path(draft) / WEIGHTS, entries)
-            with open(Path(draft) / CONFIG, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
+            write_text(Path(draft) / CONFIG, json.dumps(config, indent=2))
             (folder / CONFIG).unlink(missing_ok=True)
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(draft) / name, folder / name)

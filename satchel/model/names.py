@@ -73,11 +73,16 @@ QKV_BY_HEAD = Layout(_by_head, _fuse_by_head)
 
 _LAYER = "model.layers.{i}."
 _QKV = tuple(_LAYER + f"self_attn.{x}_proj.{{p}}" for x in "qkv")
-_NORMS = (_LAYER + "input_layernorm.{p}", _LAYER + "post_attention_layernorm.{p}")
+_NORMS = ("input_layernorm.{p}", "post_attention_layernorm.{p}")  # of a layer
 
 
 def _rename(hf: str, house: str, layout: Layout = SAME) -> Rule:
     return Rule(hf, (house,), layout)
+
+
+def _renames(hf: str, house: str, names: dict[str, str], layout: Layout = SAME) -> list[Rule]:
+    """A rule for each of `names`, theirs to ours, below a stem of each side."""
+    return [_rename(hf + theirs, house + ours, layout) for theirs, ours in names.items()]
 
 
 _IDENTITY = _rename("{any}", "{any}")
@@ -88,55 +93,63 @@ _PHI3 = (
     _IDENTITY,
 )
 
+_EXPERT = {"w1.{p}": "gate_proj.{p}", "w2.{p}": "down_proj.{p}", "w3.{p}": "up_proj.{p}"}
 _MIXTRAL = (
     _rename(_LAYER + "block_sparse_moe.gate.{p}", _LAYER + "mlp.gate.{p}"),
-    _rename(_LAYER + "block_sparse_moe.experts.{e}.w1.{p}", _LAYER + "mlp.experts.{e}.gate_proj.{p}"),
-    _rename(_LAYER + "block_sparse_moe.experts.{e}.w2.{p}", _LAYER + "mlp.experts.{e}.down_proj.{p}"),
-    _rename(_LAYER + "block_sparse_moe.experts.{e}.w3.{p}", _LAYER + "mlp.experts.{e}.up_proj.{p}"),
+    *_renames(_LAYER + "block_sparse_moe.experts.{e}.", _LAYER + "mlp.experts.{e}.", _EXPERT),
     _IDENTITY,
 )
 
+_GPT2_MAPS = {
+    "attn.c_proj.{p}": "self_attn.o_proj.{p}",
+    "mlp.c_fc.{p}": "mlp.up_proj.{p}",
+    "mlp.c_proj.{p}": "mlp.down_proj.{p}",
+}
 _GPT2 = (
     _rename("transformer.wte.weight", "model.embed_tokens.weight"),
     _rename("transformer.wpe.weight", "model.embed_positions.weight"),
     _rename("transformer.ln_f.{p}", "model.norm.{p}"),
-    _rename("transformer.h.{i}.ln_1.{p}", _NORMS[0]),
-    _rename("transformer.h.{i}.ln_2.{p}", _NORMS[1]),
+    *_renames("transformer.h.{i}.", _LAYER, {"ln_1.{p}": _NORMS[0], "ln_2.{p}": _NORMS[1]}),
     Rule("transformer.h.{i}.attn.c_attn.{p}", _QKV, QKV_FLIPPED),
-    _rename("transformer.h.{i}.attn.c_proj.{p}", _LAYER + "self_attn.o_proj.{p}", FLIPPED),
-    _rename("transformer.h.{i}.mlp.c_fc.{p}", _LAYER + "mlp.up_proj.{p}", FLIPPED),
-    _rename("transformer.h.{i}.mlp.c_proj.{p}", _LAYER + "mlp.down_proj.{p}", FLIPPED),
+    *_renames("transformer.h.{i}.", _LAYER, _GPT2_MAPS, FLIPPED),
     _rename("lm_head.weight", "lm_head.weight"),
 )
 
-_OPT_LAYER = "model.decoder.layers.{i}."
+_OPT_PARTS = {
+    "embed_tokens.weight": "embed_tokens.weight",
+    "embed_positions.weight": "embed_positions.weight",
+    "project_in.weight": "project_in.weight",
+    "project_out.weight": "project_out.weight",
+    "final_layer_norm.{p}": "norm.{p}",
+}
+_OPT_LAYER = {
+    "self_attn_layer_norm.{p}": _NORMS[0],
+    "final_layer_norm.{p}": _NORMS[1],
+    **{name: name for name in (f"self_attn.{x}_proj.{{p}}" for x in "qkv")},
+    "self_attn.out_proj.{p}": "self_attn.o_proj.{p}",
+    "fc1.{p}": "mlp.up_proj.{p}",
+    "fc2.{p}": "mlp.down_proj.{p}",
+}
 _OPT = (
-    _rename("model.decoder.embed_tokens.weight", "model.embed_tokens.weight"),
-    _rename("model.decoder.embed_positions.weight", "model.embed_positions.weight"),
-    _rename("model.decoder.project_in.weight", "model.project_in.weight"),
-    _rename("model.decoder.project_out.weight", "model.project_out.weight"),
-    _rename("model.decoder.final_layer_norm.{p}", "model.norm.{p}"),
-    _rename(_OPT_LAYER + "self_attn_layer_norm.{p}", _NORMS[0]),
-    _rename(_OPT_LAYER + "final_layer_norm.{p}", _NORMS[1]),
-    *(_rename(_OPT_LAYER + f"self_attn.{x}_proj.{{p}}", _LAYER + f"self_attn.{x}_proj.{{p}}") for x in "qkv"),
-    _rename(_OPT_LAYER + "self_attn.out_proj.{p}", _LAYER + "self_attn.o_proj.{p}"),
-    _rename(_OPT_LAYER + "fc1.{p}", _LAYER + "mlp.up_proj.{p}"),
-    _rename(_OPT_LAYER + "fc2.{p}", _LAYER + "mlp.down_proj.{p}"),
+    *_renames("model.decoder.", "model.", _OPT_PARTS),
+    *_renames("model.decoder.layers.{i}.", _LAYER, _OPT_LAYER),
     _rename("lm_head.weight", "lm_head.weight"),
 )
 
-_NEOX_LAYER = "gpt_neox.layers.{i}."
+_NEOX_LAYER = {
+    "input_layernorm.{p}": _NORMS[0],
+    "post_attention_layernorm.{p}": _NORMS[1],
+    "attention.dense.{p}": "self_attn.o_proj.{p}",
+    "mlp.dense_h_to_4h.{p}": "mlp.up_proj.{p}",
+    "mlp.dense_4h_to_h.{p}": "mlp.down_proj.{p}",
+}
 _GPT_NEOX = (
     _rename("gpt_neox.embed_in.weight", "model.embed_tokens.weight"),
     _rename("gpt_neox.final_layer_norm.{p}", "model.norm.{p}"),
     _rename("embed_out.weight", "lm_head.weight"),
     _rename("lm_head.weight", "lm_head.weight"),
-    _rename(_NEOX_LAYER + "input_layernorm.{p}", _NORMS[0]),
-    _rename(_NEOX_LAYER + "post_attention_layernorm.{p}", _NORMS[1]),
-    Rule(_NEOX_LAYER + "attention.query_key_value.{p}", _QKV, QKV_BY_HEAD),
-    _rename(_NEOX_LAYER + "attention.dense.{p}", _LAYER + "self_attn.o_proj.{p}"),
-    _rename(_NEOX_LAYER + "mlp.dense_h_to_4h.{p}", _LAYER + "mlp.up_proj.{p}"),
-    _rename(_NEOX_LAYER + "mlp.dense_4h_to_h.{p}", _LAYER + "mlp.down_proj.{p}"),
+    Rule("gpt_neox.layers.{i}.attention.query_key_value.{p}", _QKV, QKV_BY_HEAD),
+    *_renames("gpt_neox.layers.{i}.", _LAYER, _NEOX_LAYER),
 )
 
 RULES = {"phi3": _PHI3, "mixtral": _MIXTRAL, "gpt2": _GPT2, "opt": _OPT, "gpt_neox": _GPT_NEOX}

@@ -19,6 +19,7 @@ from satchel.core.units import format_bytes
 from satchel.model.adapters import Adapted
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.disk import sync
 from satchel.model.linear import dense_OI, dtype_of, is_linear
 from satchel.model.names import Recipe, hf_recipes
 from satchel.model.safetensors_io import Outgoing, write_safetensors
@@ -119,27 +120,14 @@ def new_folder(folder: Path, nbytes: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _flush_folder(partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         os.replace(partial, folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise ModelError(f"{folder} could not be written ({error.strerror}); nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -> None:

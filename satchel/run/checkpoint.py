@@ -26,6 +26,7 @@ from torch import Tensor
 
 from satchel.core.errors import JobError, ModelError
 from satchel.core.units import format_bytes
+from satchel.model.disk import replace_text, sync, write_text
 from satchel.model.encodings import PLAIN
 from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
 from satchel.model.stored import Part, Reader
@@ -194,28 +195,3 @@ def sha256(path: Path) -> str:
     """The hash of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old text or the new, whenever the machine stops."""
-    draft = path.with_name(f".{path.name}.part")
-    write_text(draft, text)
-    os.replace(draft, path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Wait until the disk has the folder's entries."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

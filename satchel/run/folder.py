@@ -10,7 +10,7 @@ from torch import nn
 
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
-from satchel.run.checkpoint import replace_text
+from satchel.model.disk import replace_text
 
 CLAIM = "run.json"
 # Fields that may change on a resume: they say where and how often, not what is computed.

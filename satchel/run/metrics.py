@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from satchel.model.disk import replace_text
+
 Metrics = dict[str, float]
 
 FILE = "metrics.jsonl"
@@ -31,9 +33,7 @@ class MetricsLog:
         """Goes on after `step` finished steps: lines of later ones, which a killed run left, are dropped."""
         path = out / FILE
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        draft = path.with_suffix(".part")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        draft.replace(path)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1, encoding="utf-8")
         self._board = _board(out / "tensorboard", step)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from satchel.model.disk import replace_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Receipt:
 
     def write(self, folder: Path) -> Path:
         """Write receipt.json into `folder`, whole or not at all."""
-        path, draft = folder / "receipt.json", folder / f".receipt.{os.getpid()}"
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf8")
-        draft.replace(path)
+        path = folder / "receipt.json"
+        replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path

@@ -1,10 +1,11 @@
-"""What every adapter that PEFT has too is held to."""
+"""What every adapter is held to; PEFT stands beside it."""
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from satchel.model.adapters import Adapted, adapted, attach
-from tests.adapt.toys import stir, tiny_llama
+from satchel.model.adapters import Adapted, adapted, adapter_parameters, attach
+from tests.adapt.toys import Toy, stir, tiny_llama
 from tests.tolerances import TOLERANCE
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 97
@@ -43,6 +44,15 @@ def check_trains_as_peft(method, peft, **knobs):
                 parameter.data.sub_(parameter.grad, alpha=0.1)
                 parameter.grad = None
     assert same(logits(ours), logits(theirs))
+
+
+def check_runs_on_fake_tensors(method):
+    """Attached, run and differentiated without a byte of memory."""
+    with FakeTensorMode():
+        model = Toy(dtype=torch.bfloat16)
+        attach(model, method)
+        model(torch.empty(2, 3, 64, dtype=torch.bfloat16)).sum().backward()
+        assert all(p.grad.shape == p.shape for _, p in adapter_parameters(model))
 
 
 def _pairs(place: Adapted, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
