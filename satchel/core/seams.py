@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["Activations", "Adapter", "Card", "Method", "Objective", "OptimizerMethod", "Schedule", "WeightFormat"]
+__all__ = [
+    "Activations",
+    "Adapter",
+    "Card",
+    "Closure",
+    "Method",
+    "Objective",
+    "OptimizerMethod",
+    "Schedule",
+    "WeightFormat",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,27 @@ class Adapter(Method):
         """What merging adds to the base's dense matrix, [O, I] in float32; None if the adapter cannot be merged."""
 
 
+class Closure(ABC):
+    """What the trainer hands to `optimizer.step(closure)`: torch's own closure, and what an optimizer may ask it.
+
+    Each call computes the loss of the whole step anew, over all its micro-batches and with the same randomness; with
+    grad mode on, its gradient too. Once is what torch's optimizers do; one without a backward pass calls it without
+    grad mode as often as it wants; one that consumes gradients in hooks finds here when they are whole.
+    """
+
+    clip: float = 0.0  # largest gradient norm; 0 turns clipping off
+    last: bool = True  # whether the micro-batch under way is the last of this call: its backward completes gradients
+    clips: bool = True  # whether it scales what it leaves in `.grad`; an optimizer that does so itself says False
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The mean loss, a scalar without graph. Gradients that are left in `.grad` are clipped."""
+
+    def clip_factor(self, norm: Tensor) -> Tensor | float:
+        """What to scale a gradient of this global norm by; for an optimizer that leaves none in `.grad`."""
+        return (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip > 0 else 1.0
+
+
 class OptimizerMethod(Method):
     """Turns named parameters into a torch optimizer. Learning rate is set on its groups by the trainer, every step."""
 
@@ -102,7 +133,11 @@ class OptimizerMethod(Method):
     def build(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int
     ) -> torch.optim.Optimizer:
-        """An optimizer over the parameters. All of its state lies in `state_dict()`; `seed` starts its randomness."""
+        """An optimizer over the parameters. All of its state lies in `state_dict()`; `seed` starts its randomness.
+
+        The trainer calls `step(closure)` with a `Closure`; in a user's own loop any function that returns the loss
+        will do, after `loss.backward()` if grad mode is on. What `step` returns is the loss that is reported.
+        """
 
 
 class Schedule(Method):

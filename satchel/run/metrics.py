@@ -1,8 +1,9 @@
 """What a run measures, one JSON object a line in `out/metrics.jsonl`, each on the disk before the next step begins.
 
-A line of a step has `step` (finished steps, from 1), `loss`, `grad_norm`, `lr`, `tokens` (fed so far), `seconds` (since
-the run began, those before a resume included), `tokens_per_second`, `micro_batch`, `memory_bytes` and the objective's
-own means; a line of an evaluation has `step` and `held_out_loss`. TensorBoard gets the same where it is installed.
+A line of a step has `step` (finished steps, from 1), `loss`, `grad_norm` (unless the optimizer never has the whole
+gradient), `lr`, `tokens` (fed so far), `seconds` (since the run began, those before a resume included),
+`tokens_per_second`, `micro_batch`, `memory_bytes` and the objective's own means; a line of an evaluation has `step` and
+`held_out_loss`. TensorBoard gets the same where it is installed.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from satchel.model.save import outgoing
 from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
-from satchel.run.step import train_step
+from satchel.run.step import Metrics, StepLoss, take_step
 from satchel.run.tracker import Tracker, Work
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -76,9 +76,9 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
         batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
         assembly = _stage(job, config, max(stands) + 1, device, tracker)
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
-            tracker.mark("train", "step")
+            tracker.mark("train", "update")
             begin = len(tracker.segments) - 1
-            train_step(assembly, batches, assembly.lr)
+            take_step(StepLoss(assembly, lambda: batches, partial(_marked, tracker)), assembly.lr)
             _label_state(assembly, tracker)
         step = tracker.segments[begin:]
         tracker.mark("evaluate", "step")
@@ -141,8 +141,15 @@ def _stage(job: TuneJob, config: ModelConfig, depth: int, device: str, tracker: 
     )
     for name, parameter in assembly.parameters:
         parameter.register_post_accumulate_grad_hook(partial(_label_gradient, name, tracker))
-    assembly.optimizer.register_step_pre_hook(lambda *_: tracker.mark("train", "update"))
     return assembly
+
+
+def _marked(tracker: Tracker, compute: Callable[[], Metrics]) -> Metrics:
+    """The computation of a step's loss as segments of its own; around it the optimizer works."""
+    tracker.mark("train", "step")
+    metrics = compute()
+    tracker.mark("train", "update")
+    return metrics
 
 
 def _label(named: Iterable[tuple[str, Tensor]], account: str, tracker: Tracker) -> None:

@@ -3,52 +3,111 @@
     loss = sum over all micro-batches of the summed loss / number of targets in all of them
 
 Dividing by the targets of the whole step, not of each micro-batch, makes the step equal to one large batch however
-uneven the lengths are. The rehearsal runs this very code on fake tensors.
+uneven the lengths are. How gradients come about is the optimizer's choice: it gets the loss as a closure, and calls it
+with gradients, without, or several times. The rehearsal runs this very code on fake tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from satchel.core.seams import Closure
 from satchel.model.batch import Batch
 from satchel.run.assemble import Assembly
 
-
-def train_step(assembly: Assembly, micro_batches: Sequence[Batch], lr: float) -> dict[str, Tensor]:
-    """Accumulate the gradient of all micro-batches, clip it, move the weights. Returns what `accumulate` does."""
-    metrics = accumulate(assembly, micro_batches)
-    update(assembly, lr)
-    return metrics
+Metrics = dict[str, Tensor]
 
 
-def accumulate(assembly: Assembly, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Leave the clipped gradient of the mean loss in `.grad`; scalars `loss`, `grad_norm` and the objective's means.
-
-    Leaves no trace when it raises: gradients are dropped, so that the same step may be tried again in smaller pieces.
-    """
-    targets = max(sum(batch.count for batch in micro_batches), 1)
-    sums: dict[str, Tensor] = {}
-    try:
-        for batch in micro_batches:
-            loss_sum, parts = assembly.objective.loss(assembly.model, batch, assembly.rng)
-            (loss_sum / targets).backward()
-            _add(sums, {"loss": loss_sum, **parts})
-        grad_norm = clip_gradients((p for _, p in assembly.parameters), assembly.clip)
-    except BaseException:
-        assembly.optimizer.zero_grad(set_to_none=True)
-        raise
-    return {name: value / targets for name, value in sums.items()} | {"grad_norm": grad_norm}
+def train_step(assembly: Assembly, micro_batches: Sequence[Batch], lr: float) -> Metrics:
+    """Move the weights by one step on these micro-batches; see `take_step`."""
+    return take_step(StepLoss(assembly, lambda: micro_batches), lr)
 
 
-def update(assembly: Assembly, lr: float) -> None:
-    """Move the weights by the gradient that `accumulate` left, and drop it."""
-    for group in assembly.optimizer.param_groups:
+def take_step(closure: StepLoss, lr: float) -> Metrics:
+    """One optimizer step. Scalars `loss`, the objective's means, and `grad_norm` if the optimizer made a gradient."""
+    optimizer = closure.assembly.optimizer
+    for group in optimizer.param_groups:
         group["lr"] = lr
-    assembly.optimizer.step()
-    assembly.optimizer.zero_grad(set_to_none=True)
+    try:
+        loss = optimizer.step(closure)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return closure.metrics | {"loss": loss}
+
+
+def directly(compute: Callable[[], Metrics]) -> Metrics:
+    """What it computes."""
+    return compute()
+
+
+class StepLoss(Closure):
+    """The loss of one step, computed anew at every call.
+
+    `micro_batches` makes the batches, and all randomness start anew; `around` runs the computation, and may run it
+    again after a failure; `check` gets `loss` before the last backward pass and `grad_norm` before any update, and
+    raises if they will not do.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        micro_batches: Callable[[], Sequence[Batch]],
+        around: Callable[[Callable[[], Metrics]], Metrics] = directly,
+        check: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        self.assembly, self.micro_batches, self.around, self.check = assembly, micro_batches, around, check
+        self.clip = assembly.clip
+        self.metrics: Metrics = {}  # of the last call
+
+    def __call__(self) -> Tensor:
+        """See `Closure`."""
+        self.metrics |= self.around(self._compute)
+        return self.metrics["loss"]
+
+    def clip_factor(self, norm: Tensor) -> Tensor | float:
+        """See `Closure`; the norm is checked, and reported as the step's."""
+        self.metrics["grad_norm"] = norm
+        if self.check:
+            self.check("grad_norm", norm)
+        return super().clip_factor(norm)
+
+    def _compute(self) -> Metrics:
+        """Leaves no gradient behind when it raises, so that the same step may be tried again in smaller pieces."""
+        micro_batches = self.micro_batches()
+        targets = max(sum(batch.count for batch in micro_batches), 1)
+        sums: Metrics = {}
+        try:
+            for number, batch in enumerate(micro_batches, 1):
+                self.last = number == len(micro_batches)
+                loss_sum, parts = self.assembly.objective.loss(self.assembly.model, batch, self.assembly.rng)
+                if self.check and self.last:
+                    self.check("loss", (sums.get("loss", 0) + loss_sum.detach()) / targets)
+                if torch.is_grad_enabled():
+                    (loss_sum / targets).backward()
+                _add(sums, {"loss": loss_sum, **parts})
+            self._clip()
+        except BaseException:
+            self.assembly.optimizer.zero_grad(set_to_none=True)
+            raise
+        return {name: value / targets for name, value in sums.items()}
+
+    def _clip(self) -> None:
+        """Scale the gradients that are left in `.grad`, if there are any."""
+        gradients = [p.grad for _, p in self.assembly.parameters if p.grad is not None]
+        if not gradients or not self.clips:
+            return
+        factor = self.clip_factor(gradient_norm(gradients))
+        if self.clip > 0:
+            for gradient in gradients:
+                gradient.mul_(factor)
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients as one vector, float32."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for g in gradients]))
 
 
 @torch.no_grad()
@@ -63,17 +122,6 @@ def mean_loss(assembly: Assembly, micro_batches: Iterable[Batch]) -> float:
     finally:
         assembly.model.train()
     return float(sums["loss"]) / targets if targets else float("nan")
-
-
-def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients in place so that their global norm is at most `limit` (0: only measure). The norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for g in gradients]))
-    if limit > 0:
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
-    return norm
 
 
 def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:

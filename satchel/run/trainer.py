@@ -21,6 +21,7 @@ from torch import Tensor
 from satchel.core.errors import JobError
 from satchel.core.job import TuneJob
 from satchel.core.report import SILENT, Report
+from satchel.model.batch import Batch
 from satchel.run.assemble import Assembly
 from satchel.run.checkpoint import KEPT, Checkpoints, pull_tensors, push_tensors
 from satchel.run.data import Dataset
@@ -29,7 +30,7 @@ from satchel.run.governor import Governor
 from satchel.run.interrupt import Interrupt
 from satchel.run.metrics import FILE, MetricsLog, read_metrics
 from satchel.run.plot import plot
-from satchel.run.step import accumulate, mean_loss, update
+from satchel.run.step import StepLoss, mean_loss, take_step
 
 T = TypeVar("T")
 
@@ -129,16 +130,17 @@ class Trainer:
         lr = self.assembly.lr * self.assembly.schedule.at(progress.step, self.steps)
         progress.micro_batch = self.governor.before_step(progress.micro_batch)
 
-        def compute() -> tuple[dict[str, float], int]:
+        tokens = 0
+
+        def micro_batches() -> list[Batch]:
+            nonlocal tokens
             self._reseed()
             batches = [b.filled().to(self.device) for b in self.dataset.train.batches(rows, progress.micro_batch)]
-            sums = accumulate(self.assembly, batches)
             tokens = sum(sum(b.lengths) - b.filler for b in batches)
-            return {name: float(value) for name, value in sums.items()}, tokens
+            return batches
 
-        metrics, tokens = self._in_memory(compute)
-        self._require_finite(metrics)
-        update(self.assembly, lr)
+        closure = StepLoss(self.assembly, micro_batches, self._in_memory, self._require_finite)
+        metrics = {name: float(value) for name, value in take_step(closure, lr).items()}
         if progress.step == 0:
             self.checkpoints.require_space(self._state()[1], copies=KEPT + 1)  # a late failure would cost the run
         seconds = time.perf_counter() - began
@@ -174,15 +176,30 @@ class Trainer:
         self._record({"held_out_loss": loss})
 
     def _in_memory(self, compute: Callable[[], T]) -> T:
-        """The result of `compute`, which is called again with fewer rows at once whenever memory ran out."""
+        """The result of `compute`, which is called again with fewer rows at once whenever memory ran out.
+
+        Raises JobError if the failed call has changed weights, as one that updates within the backward pass does: what
+        it computed first cannot be computed again.
+        """
         while True:
+            before = self._versions()
             try:
                 return compute()
             except Exception as error:
                 fewer = self.governor.after_failure(error, self.progress.micro_batch)
+                if self._versions() != before:
+                    self._fail(
+                        f"step {self.progress.step + 1}: out of memory with {self.progress.micro_batch} rows at once, "
+                        "and some weights had been updated",
+                        f"Resume with micro_batch={fewer}",
+                    )
             # Out of the handler the failed call's tensors are gone.
             self.report.note(f"out of memory with {self.progress.micro_batch} rows at once; going on with {fewer}")
             self.progress.micro_batch = fewer
+
+    def _versions(self) -> list[int]:
+        """A number for each parameter that rises whenever it is written to."""
+        return [parameter._version for _, parameter in self.assembly.parameters]
 
     def _record(self, metrics: dict[str, float]) -> None:
         line = {"step": self.progress.step} | metrics
@@ -196,24 +213,26 @@ class Trainer:
         if self.assembly.rng is not None:
             self.assembly.rng.manual_seed(int.from_bytes(digest, "little"))
 
-    def _require_finite(self, metrics: dict[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                self.assembly.optimizer.zero_grad(set_to_none=True)
-                self._fail(f"step {self.progress.step + 1}: {name} is {metrics[name]}")
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        if not math.isfinite(value):
+            self._diverged(f"step {self.progress.step + 1}: {name} is {float(value)}")
 
-    def _fail(self, what: str) -> None:
+    def _diverged(self, what: str) -> None:
+        self._fail(
+            what,
+            f"Try a lower lr than {self.assembly.lr:g}, a schedule with warm-up, a smaller clip, "
+            f"or look into the data of that step",
+        )
+
+    def _fail(self, what: str, cure: str) -> None:
         kept = self.checkpoints.newest() if self.checkpoints.folder.exists() else None
         where = f"the last good checkpoint is {kept.folder}" if kept else "no checkpoint was saved yet"
-        raise JobError(
-            f"{what}; {where}. Try a lower lr than {self.assembly.lr:g}, a schedule with warm-up, a smaller clip, "
-            f"or look into the data of that step"
-        )
+        raise JobError(f"{what}; {where}. {cure}")
 
     def _save(self) -> Path:
         for name, parameter in self.assembly.parameters:
             if not torch.linalg.vector_norm(parameter.detach()).isfinite():
-                self._fail(f"step {self.progress.step}: '{name}' is no longer finite")
+                self._diverged(f"step {self.progress.step}: '{name}' is no longer finite")
         state, files = self._state()
         return self.checkpoints.save(self.progress.step, state, files)
 

@@ -29,8 +29,7 @@ def test_with_an_adapter_only_it_trains_and_its_start_follows_the_seed(tmp_path)
 
 def test_the_activations_policy_reaches_the_blocks_and_changes_no_gradient(tmp_path):
     from satchel.run.packing import pack
-    from satchel.run.step import accumulate
-    from tests.run.test_step import gradients, uneven
+    from tests.run.test_step import accumulate, gradients, uneven
 
     rows = pack(uneven(), range(12), 32)
     found = []

@@ -1,6 +1,5 @@
 """One optimizer step is one large batch, however it is cut into pieces and packed into rows."""
 
-import copy
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from satchel.run.assemble import assemble
 from satchel.run.data import Corpus, read_dataset
 from satchel.run.packing import pack
-from satchel.run.step import accumulate, clip_gradients, mean_loss, train_step
+from satchel.run.step import StepLoss, gradient_norm, mean_loss, take_step, train_step
 from tests.run.toys import VOCABULARY, CharTokenizer, toy_decoder, toy_job
 from tests.tolerances import TOLERANCE
 
@@ -30,6 +29,13 @@ def uneven(seed=0, count=12):
     tokens = rng.integers(4, VOCABULARY, size=starts[-1]).astype(np.int32)
     learnt = np.concatenate([np.arange(n) >= rng.integers(0, n - 1) for n in lengths])
     return Corpus(tokens, learnt, starts, "completion")
+
+
+def accumulate(assembly, batches):
+    """The step's metrics, its gradient left in `.grad`."""
+    closure = StepLoss(assembly, lambda: batches)
+    closure()
+    return closure.metrics
 
 
 def gradients(assembly):
@@ -80,17 +86,65 @@ def test_the_loss_is_that_of_torch_over_the_learnt_tokens(tmp_path):
     assert math.isclose(accumulate(assembly, [batch])["loss"], expected.item(), rel_tol=EXACT)
 
 
-def test_clipping_scales_all_gradients_to_the_limit():
-    parameters = [torch.nn.Parameter(torch.zeros(50)), torch.nn.Parameter(torch.zeros(3, 4))]
-    ours, theirs = copy.deepcopy(parameters), copy.deepcopy(parameters)
-    for p, q in zip(ours, theirs, strict=True):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-        q.grad = p.grad.clone()
-    norm, expected = clip_gradients(ours, 0.5), torch.nn.utils.clip_grad_norm_(theirs, 0.5)
-    assert math.isclose(norm, expected, rel_tol=EXACT)
-    assert all(torch.allclose(p.grad, q.grad, rtol=EXACT) for p, q in zip(ours, theirs, strict=True))
-    before = ours[0].grad.clone()
-    assert math.isclose(clip_gradients(ours, 0.0), 0.5, rel_tol=1e-4) and torch.equal(before, ours[0].grad)
+@pytest.mark.parametrize("limit", [0.05, 1e3, 0.0])
+def test_clipping_scales_all_gradients_to_the_limit_as_torch_does(tmp_path, limit):
+    rows = pack(uneven(), np.arange(12), 32)
+    batches = rows.batches(range(len(rows)), 2)
+    free = assemble(toy_job(tmp_path, clip=0.0), toy_decoder())
+    accumulate(free, batches)
+    parameters = [p for _, p in free.parameters]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    assembly = assemble(toy_job(tmp_path, clip=limit), toy_decoder())
+    metrics = accumulate(assembly, batches)
+    assert math.isclose(metrics["grad_norm"], norm, rel_tol=EXACT) and norm > 0.05
+    close(gradients(assembly), gradients(free))
+
+
+def test_the_norm_of_gradients_is_that_of_one_vector():
+    rng = torch.Generator().manual_seed(0)
+    parts = [torch.randn(50, generator=rng), torch.randn(3, 4, generator=rng)]
+    whole = torch.cat([p.reshape(-1) for p in parts]).norm()
+    assert math.isclose(gradient_norm(parts), whole, rel_tol=EXACT)
+
+
+class Asking(torch.optim.SGD):
+    """Asks for the loss once with gradients and twice without."""
+
+    def step(self, closure):
+        with torch.enable_grad():
+            self.first, self.left = closure(), [p.grad for group in self.param_groups for p in group["params"]]
+        self.zero_grad()
+        with torch.no_grad():
+            self.others = [closure(), closure()]
+        self.silent = all(p.grad is None for group in self.param_groups for p in group["params"])
+        return torch.tensor(4.25)
+
+
+def test_an_optimizer_may_ask_for_the_loss_as_often_as_it_wants_with_and_without_gradients(tmp_path):
+    assembly = assemble(toy_job(tmp_path, adapter="lora:rank=4,dropout=0.3"), toy_decoder())
+    optimizer = assembly.optimizer = Asking([p for _, p in assembly.parameters], lr=0.0)
+    rows, asked = pack(uneven(), np.arange(12), 32), []
+
+    def batches():
+        asked.append(torch.manual_seed(3))
+        return rows.batches(range(len(rows)), 2)
+
+    metrics = take_step(StepLoss(assembly, batches), 0.25)
+    assert len(asked) == 3 and optimizer.silent and all(g is not None for g in optimizer.left)
+    assert all(torch.equal(loss, optimizer.first) for loss in optimizer.others)
+    assert metrics["loss"] == 4.25  # what the optimizer says that the step's loss is
+    assert metrics["grad_norm"] > 0 and optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_only_the_last_micro_batch_is_the_last(tmp_path):
+    assembly = assemble(toy_job(tmp_path), toy_decoder())
+    rows = pack(uneven(), np.arange(12), 32)
+    closure, seen = StepLoss(assembly, lambda: rows.batches(range(3), 1)), []
+    hook = assembly.parameters[0][1].register_post_accumulate_grad_hook(lambda _: seen.append(closure.last))
+    for _ in range(2):
+        closure()
+    hook.remove()
+    assert seen == [False, False, True] * 2
 
 
 def test_a_failed_step_leaves_no_gradient_and_can_be_tried_again(tmp_path):

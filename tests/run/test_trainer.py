@@ -169,7 +169,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoiled(tmp_path,
     assembly = assemble(job, toy_decoder())
     assembly.objective = Spoiled(assembly.objective, spoil)
     step = assembly.optimizer.step
-    assembly.optimizer.step = lambda: (step(), seen.append(weights(assembly)))
+    assembly.optimizer.step = lambda closure: (step(closure), seen.append(weights(assembly)))[0]
     with pytest.raises(JobError, match=r"step 4: loss is .*step-000002.*lower lr than 0\.01") as caught:
         train(job, assembly, read_dataset(job, CharTokenizer()))
     assert caught.value.exit_code == 1 and len(seen) == 3
@@ -198,6 +198,27 @@ def test_shortage_of_memory_cuts_the_rows_and_changes_no_result(tmp_path):
         "out of memory with 6 rows at once; going on with 3",
         "out of memory with 3 rows at once; going on with 2",
     ]
+
+
+def test_memory_that_runs_out_between_updates_ends_the_run_and_names_the_checkpoint(tmp_path):
+    """A step that has changed a weight cannot be computed again."""
+    job, calls = toy_job(tmp_path, save_every=2), []
+    assembly = assemble(job, toy_decoder())
+    (_, first), *_, (_, last) = assembly.parameters
+
+    def update(parameter):
+        parameter.data.mul_(2)
+        torch.autograd.graph.increment_version(parameter)
+
+    def fail(parameter):
+        calls.append(parameter)
+        if len(calls) == 3:
+            raise MemoryError
+
+    last.register_post_accumulate_grad_hook(update)
+    first.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(JobError, match=r"step 3: out of memory with 6 rows .*step-000002.*Resume with micro_batch=3"):
+        train(job, assembly, read_dataset(job, CharTokenizer()))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
