@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from satchel.core.seams import OptimizerMethod
-from satchel.optim._shared import ROUNDINGS, Stepper, adam_, decay_groups, store_name, zero_moments
+from satchel.optim._landing import Landing, keep, low_bits
+from satchel.optim._shared import Stepper, adam_, decay_groups, store_name, zero_moments
 
 STEPPER_KNOBS = ("beta1", "beta2", "eps", "rounding", "moments")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(OptimizerMethod):
+class Adam(Landing):
     """Knobs of every Adam; a subclass has or fixes `moments`."""
 
     beta1: float = 0.9  # decay of the first moment, [0, 1)
     beta2: float = 0.999  # decay of the second moment, [0, 1)
     eps: float = 1e-8  # added to the root of the second moment, above 0
-    weight_decay: float = 0.0  # share of a matrix that a step at lr=1 takes away, [0, 1]
-    rounding: Literal["stochastic", "fp32", "nearest"] = "stochastic"  # how an update lands in bf16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(0 <= self.beta1 < 1, f"beta1={self.beta1} is outside [0, 1); 0.9 is usual")
         self.require(0 <= self.beta2 < 1, f"beta2={self.beta2} is outside [0, 1); 0.999 is usual")
         self.require(self.eps > 0, f"eps={self.eps} is not above 0; 1e-8 is usual")
-        self.require(0 <= self.weight_decay <= 1, f"weight_decay={self.weight_decay} is outside [0, 1]; try 0.01")
-        self.require(self.rounding in ROUNDINGS, f"no rounding '{self.rounding}'; there is {', '.join(ROUNDINGS)}")
 
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> AdamStepper:
         """A torch optimizer over the parameters; see `AdamStepper`."""
@@ -48,7 +44,7 @@ class AdamStepper(Stepper):
         """One step of Adam on one parameter, in place."""
         store = store_name(group["moments"], p)
         if state["step"] == 1:
-            state.update(zero_moments(store, p.numel(), p.device), **self.low_bits(p, group))
+            state.update(zero_moments(store, p.numel(), p.device), **low_bits(p, group))
         unbias1, unbias2 = self.unbias(state, group)
         adam_(
             p.detach().view(-1),
@@ -60,7 +56,7 @@ class AdamStepper(Stepper):
             group["beta2"],
             group["eps"] * unbias2,
             group["lr"] * unbias2 / unbias1,
-            1 - group["lr"] * group["weight_decay"],
+            keep(group),
             seed,
         )
 
@@ -68,13 +64,6 @@ class AdamStepper(Stepper):
     def held(state: dict[str, Any], *others: str) -> list[Tensor]:
         """The moments' tensors and those named, in the order of their names, whatever order they were loaded in."""
         return [state[name] for name in sorted(state) if name.startswith("exp_avg") or name in others]
-
-    @staticmethod
-    def low_bits(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state that exact rounding takes: the low half of the float32 master, zero at the start."""
-        if group["rounding"] != "fp32" or p.dtype == torch.float32:
-            return {}
-        return {"low": torch.zeros(p.numel(), dtype=torch.int16, device=p.device)}
 
     @staticmethod
     def unbias(state: dict[str, Any], group: dict[str, Any]) -> tuple[float, float]:

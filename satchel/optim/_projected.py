@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from satchel.optim._adam import Adam, AdamStepper
+from satchel.optim._landing import keep, low_bits
 from satchel.optim._projector import in_block, row_parts
 from satchel.optim._shared import STORES, adam_, decay_groups, move_, store_name, zero_moments
 
@@ -97,7 +98,7 @@ class ProjectedStepper(AdamStepper):
     def start(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], moments: int) -> None:
         """At a matrix's first step, its fresh state with `moments` elements a moment."""
         if state["step"] == 1:
-            state.update(zero_moments(store_name(group["moments"], p), moments, p.device), **self.low_bits(p, group))
+            state.update(zero_moments(store_name(group["moments"], p), moments, p.device), **low_bits(p, group))
 
     def adam_of(
         self, low: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], eps: float, size: float, seed: int
@@ -114,11 +115,6 @@ class ProjectedStepper(AdamStepper):
         return (state["step"] - 1) % group["gap"] == 0
 
 
-def keep(group: dict[str, Any]) -> float:
-    """The share of a parameter that weight decay leaves."""
-    return 1 - group["lr"] * group["weight_decay"]
-
-
 def move_rows(
     p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int, step_of: Callable[[slice], Tensor]
 ) -> None:
@@ -126,5 +122,5 @@ def move_rows(
     flat, low, width = p.detach().view(-1), state.get("low"), p.shape[1]
     for number, part in enumerate(row_parts(p.shape)):
         cut = slice(part.start * width, part.stop * width)
-        low_bits = None if low is None else low[cut]
-        move_(flat[cut], step_of(part).view(-1), low_bits, group["rounding"], keep(group), seed + number)
+        bits = None if low is None else low[cut]
+        move_(flat[cut], step_of(part).view(-1), bits, group["rounding"], keep(group), seed + number)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from satchel.core.seams import Card
-from satchel.optim._projected import LowRank, ProjectedStepper, keep, move_rows
+from satchel.optim._landing import keep
+from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised
 
 

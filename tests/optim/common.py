@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from satchel.optim._shared import join
+
 LR = 1e-2
 SHAPES = {
     "model.embed_tokens.weight": (50, 32),
@@ -67,6 +69,21 @@ def check_resume_is_bit_identical(method, dtype):
     second.load_state_dict(saved)
     for ours, want in zip(run(second, named, range(5, 10)), whole, strict=True):
         assert torch.equal(ours, want)
+
+
+def check_exact_rounding_follows_the_float32_master(method, on_master, steps=10, lr=1e-4):
+    """bf16 weights with kept low bits are, at every step, the rounded trajectory of fp32 weights, bit for bit."""
+    ours, master = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    master = [(name, nn.Parameter(p.detach().float())) for name, p in master]
+    optimizer, reference = method.build(ours, lr, 0), on_master.build(master, lr, 0)
+    for step in range(steps):
+        give_gradients(ours, step)
+        for (_, p), (_, q) in zip(ours, master, strict=True):
+            q.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        for (_, p), (_, q) in zip(ours, master, strict=True):
+            assert torch.equal(join(p.detach().view(-1), optimizer.state[p]["low"]), q.detach().view(-1))
 
 
 def check_fake_tensors_give_the_same_state(method, dtype):

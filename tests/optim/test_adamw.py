@@ -33,19 +33,7 @@ def test_float32_equals_torch(weight_decay):
 
 
 def test_exact_rounding_of_bfloat16_follows_the_float32_master():
-    """bf16 weights with kept low bits and fp32 moments are, at every step, the rounded fp32 trajectory."""
-    ours, master = common.parameters(torch.bfloat16), common.parameters(torch.bfloat16)
-    master = [(name, nn.Parameter(p.detach().float())) for name, p in master]
-    optimizer = AdamW(rounding="fp32", moments="fp32").build(ours, 1e-4, 0)
-    reference = AdamW().build(master, 1e-4, 0)
-    for step in range(20):
-        common.give_gradients(ours, step)
-        for (_, p), (_, q) in zip(ours, master, strict=True):
-            q.grad = p.grad.float()
-        optimizer.step()
-        reference.step()
-    for (_, p), (_, q) in zip(ours, master, strict=True):
-        assert torch.equal(join(p.detach().view(-1), optimizer.state[p]["low"]), q.detach().view(-1))
+    common.check_exact_rounding_follows_the_float32_master(AdamW(rounding="fp32", moments="fp32"), AdamW(), 20)
 
 
 def test_split_and_join_are_exact_and_high_is_nearest():
