@@ -123,4 +123,4 @@ def move_rows(
     for number, part in enumerate(row_parts(p.shape)):
         cut = slice(part.start * width, part.stop * width)
         bits = None if low is None else low[cut]
-        move_(flat[cut], step_of(part).view(-1), bits, group["rounding"], keep(group), seed + number)
+        move_(flat[cut], step_of(part).reshape(-1), bits, group["rounding"], keep(group), seed + number)
