@@ -14,13 +14,16 @@ from satchel.model.source import find_source
 HEAD = 64  # features of a head
 
 
-def toy(folder: Path, width: int, layers: int, tied: bool = True) -> Path:
-    """A Llama of that width, a multiple of 192, with three query heads to a key head, written to `folder`."""
+def toy(folder: Path, width: int, layers: int, tied: bool = True, vocabulary: int = 0) -> Path:
+    """A Llama of that width, a multiple of 192, with three query heads to a key head, written to `folder`.
+
+    `vocabulary`: rows of its embedding, if not the tokenizer's.
+    """
     source, heads = find_source("demo"), width // HEAD
     config = ModelConfig.from_hf(
         {
             "model_type": "llama",
-            "vocab_size": source.config.vocab,
+            "vocab_size": vocabulary or source.config.vocab,
             "hidden_size": width,
             "intermediate_size": width * 8 // 3 // HEAD * HEAD,
             "num_hidden_layers": layers,

@@ -111,9 +111,9 @@ SLOTS = (
 )
 
 
-def prepare(work: Path, steps: int, model: str = "demo") -> None:
-    """Write the model and the tokens that all measurements read."""
-    source = find_source(model)
+def prepare(work: Path, steps: int, model: str = "demo", tokenizer: str = "") -> None:
+    """Write the model and the tokens that all measurements read; `tokenizer` is a model with the one to use."""
+    source = find_source(tokenizer or model)
     satchel.save(satchel.load(model, torch.bfloat16), work / "model", tokenizer_from=source)
     ids = satchel.load_tokenizer(source).encode("\n\n".join(topics[name] for name in sorted(topics)))
     count = (len(ids) - 1) // CONTEXT
@@ -211,10 +211,10 @@ def _peer(pair: Pair, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def unmeasured(pairs: tuple[Pair, ...]) -> list[str]:
-    """Methods of the book that no pair runs: nothing is added without a measurement."""
+    """Methods of the book that neither a pair nor bench/optimizer runs: nothing is added without a measurement."""
     named = {(slot, str(value).partition(":")[0]) for pair in pairs for slot, value in pair.ours.items()}
     named |= {("adapter", "lora"), ("optimizer", "adamw"), ("objective", "causal_lm")}
-    slots = ("adapter", "optimizer", "format", "activations", "schedule", "objective")
+    slots = ("adapter", "format", "activations", "schedule", "objective")  # bench/optimizer runs every optimizer
     return [f"{e.slot} {e.name}" for e in book.entries() if e.slot in slots and (e.slot, e.name) not in named]
 
 

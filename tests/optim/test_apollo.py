@@ -1,5 +1,3 @@
-"""APOLLO and APOLLO-Mini."""
-
 import itertools
 
 import pytest
@@ -9,31 +7,33 @@ from satchel.core.errors import UserError
 from satchel.optim import apollo
 from satchel.optim.adamw import AdamW
 from satchel.optim.apollo import Apollo, random_basis, scaling
-from satchel.optim.apollo_mini import ApolloMini
 from tests.optim import common
+
+apollo_torch = pytest.importorskip("apollo_torch.apollo")
 
 WIDE, TALL = "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 SMALL = {"rank": 8, "gap": 4}
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize(("kind", "granularity"), [(Apollo, "channel"), (ApolloMini, "tensor")])
-def test_every_step_equals_apollo_torch_on_matrices_and_adamw_elsewhere(kind, granularity, weight_decay, monkeypatch):
+def test_every_step_equals_apollo_torch_on_matrices_and_adamw_elsewhere(weight_decay, monkeypatch):
+    check_every_step_equals(apollo_torch, Apollo(weight_decay=weight_decay, **SMALL), "channel", monkeypatch)
+
+
+def check_every_step_equals(library, method, granularity, monkeypatch):
     """Given the same random projections: each library draws its own."""
-    theirs = pytest.importorskip("apollo_torch.apollo")
 
     def basis(_, matrix, rank, **kwargs):
         return random_basis(matrix, rank, seed=9)
 
-    monkeypatch.setattr(theirs.GradientProjector, "get_orthogonal_matrix", basis)
+    monkeypatch.setattr(library.GradientProjector, "get_orthogonal_matrix", basis)
     monkeypatch.setattr(apollo, "random_basis", lambda p, rank, seed: random_basis(p, rank, seed=9))
-    method = kind(weight_decay=weight_decay, **(SMALL if kind is Apollo else {}))
     ours, reference, plain = common.parameters(), common.parameters(), common.parameters()
     optimizer = method.build(ours, common.LR, 0)
     knobs = {"rank": method.rank, "proj": "random", "update_proj_gap": method.gap, "scale": method.scale}
     group = knobs | {"params": [p for name, p in reference if name in (WIDE, TALL)], "scale_type": granularity}
-    other = theirs.AdamW([group | {"proj_type": "std", "weight_decay": weight_decay}], lr=common.LR, eps=1e-8)
-    adamw = AdamW(weight_decay=weight_decay).build(plain, common.LR, 0)
+    other = library.AdamW([group | {"proj_type": "std", "weight_decay": method.weight_decay}], lr=common.LR, eps=1e-8)
+    adamw = AdamW(weight_decay=method.weight_decay).build(plain, common.LR, 0)
     for step in range(30):
         for named, each in ((ours, optimizer), (reference, other), (plain, adamw)):
             common.run(each, named, [step])
@@ -93,21 +93,6 @@ class TestEveryChoice:
             want += 4 * (name in (WIDE, TALL))  # the norm
             want += 2 * p.numel() if rounding == "fp32" and dtype == torch.bfloat16 else 0
         assert common.state_bytes(optimizer) == want
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mini_resumes_bit_identically(dtype):
-    common.check_resume_is_bit_identical(ApolloMini(gap=4), dtype)
-
-
-def test_mini_keeps_a_hundredth_of_adamws_state_on_projected_layers():
-    shapes, size = {"mlp.up.weight": (512, 384)}, {}
-    for method in (ApolloMini(), AdamW()):
-        named = common.parameters(shapes=shapes)
-        optimizer = method.build(named, common.LR, 0)
-        common.run(optimizer, named, range(1))
-        size[method.name] = common.state_bytes(optimizer)
-    assert size["apollo_mini"] <= 0.01 * size["adamw"]
 
 
 def test_temporaries_are_bounded():
