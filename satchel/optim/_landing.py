@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import OptimizerMethod
-from satchel.optim._shared import ROUNDINGS, STORES, draw, join, land_, split_, widen
+from satchel.optim._shared import ROUNDINGS, STORES, land_, land_master_, noises
 
 # N elements of a slice
 
@@ -39,23 +39,15 @@ def low_bits(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     return {"low": torch.zeros(p.numel(), dtype=torch.int16, device=p.device)}
 
 
-def value(x_N: Tensor, low_N: Tensor | None) -> Tensor:
-    """The parameter in float32: x_N itself if it is that, else a copy that `put_` may use up."""
-    return widen(x_N) if low_N is None else join(x_N, low_N)
+def put_(x: Tensor, low: Tensor | None, wide: Tensor, rounding: str, seed: int, cut: slice) -> None:
+    """Write float32 values, which are used up, into the slice `cut` of a parameter as `rounding` says."""
+    noisy = rounding == "stochastic" and x.dtype != torch.float32
+    land_master_(x, low, wide, noises(seed, cut, x.device)[0].view_as(x) if noisy else None)
 
 
-def put_(x_N: Tensor, low_N: Tensor | None, wide_N: Tensor, rounding: str, rng: torch.Generator) -> None:
-    """Write float32 values into the parameter as `rounding` says. They are used up, unless they are x_N itself."""
-    if low_N is not None:
-        split_(x_N, low_N, wide_N)
-    else:
-        noisy = rounding == "stochastic" and x_N.dtype != torch.float32
-        land_(x_N, wide_N, draw(wide_N.numel(), rng).view_as(wide_N) if noisy else None)
-
-
-def keep_average_(store: str, held: Sequence[Tensor], cut: slice, wide_N: Tensor, rng: torch.Generator) -> None:
+def keep_average_(store: str, held: Sequence[Tensor], cut: slice, wide_N: Tensor, seed: int) -> None:
     """Put a slice of a slowly moving average back, in bfloat16 with stochastic rounding, whatever its sign."""
     if store == "bf16":
-        land_(held[0][cut], wide_N, draw(wide_N.numel(), rng))
+        land_(held[0][cut], wide_N, noises(seed, cut, wide_N.device)[1])
     else:
         STORES[store].write_(held, cut, wide_N, True, None)

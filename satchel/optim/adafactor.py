@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
-from satchel.optim._landing import Landing, keep, low_bits, put_, value
-from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, widen
+from satchel.optim._landing import Landing, keep, low_bits, put_
+from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, master, widen
 
 # B matrices of a parameter, one unless it has more than two dimensions; O rows, I columns
 
@@ -115,12 +115,13 @@ def _adafactor_(
     square = sum(_direction(g_BOI, rows_BO, column_BI, part).square_().sum() for part in _parts(x_BOI))
     step = -size / ((square / x_BOI.numel()).sqrt_() / clip).clamp_(min=1)
     step = step * scale.clamp_(min=LEAST_SCALE) if relative else step
-    rng = torch.Generator(x_BOI.device).manual_seed(seed)
+    start = 0
     for part in _parts(x_BOI):
         low = None if low_BOI is None else low_BOI[part]
-        x = value(x_BOI[part], low).mul_(keep)
+        x = master(x_BOI[part], low).mul_(keep)
         x.add_(_direction(g_BOI, rows_BO, column_BI, part).mul_(step))
-        put_(x_BOI[part], low, x, rounding, rng)
+        put_(x_BOI[part], low, x, rounding, seed, slice(start, start + x.numel()))
+        start += x.numel()
 
 
 def _observe(
@@ -133,7 +134,7 @@ def _observe(
         means_BI[number] += g.sum(0) / x_BOI.shape[1]
         if row_BO is not None:
             row_BO[number, rows].lerp_(g.mean(1), mix)
-        square += value(x_BOI[number, rows], None if low_BOI is None else low_BOI[number, rows]).square().sum()
+        square += master(x_BOI[number, rows], None if low_BOI is None else low_BOI[number, rows]).square().sum()
     column_BI.lerp_(means_BI, mix)
     return (square / x_BOI.numel()).sqrt_()
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
-from satchel.optim._landing import Landing, keep, keep_average_, low_bits, put_, value
-from satchel.optim._shared import STORES, Stepper, decay_groups, few_barriers, slices, store_name, widen
+from satchel.optim._landing import Landing, keep, keep_average_, low_bits, put_
+from satchel.optim._shared import STORES, Stepper, decay_groups, few_barriers, master, slices, store_name, widen
 
 # N elements of a flattened parameter
 
@@ -104,14 +104,13 @@ def _lion_(
     seed: int,
 ) -> None:
     """One step of Lion: x = keep * x - size * sign(beta1 m + (1 - beta1) g), with m then moved towards g."""
-    rng = torch.Generator(x_N.device).manual_seed(seed)
     for cut in slices(x_N.numel(), x_N.device):
         g, low = widen(g_N[cut]), None if low_N is None else low_N[cut]
         m = STORES[store].read(held, cut, True)
-        x = value(x_N[cut], low).mul_(keep)
+        x = master(x_N[cut], low).mul_(keep)
         x.add_(m.mul(beta1).add_(g, alpha=1 - beta1).sign_(), alpha=-size)
-        put_(x_N[cut], low, x, rounding, rng)
-        keep_average_(store, held, cut, m.mul_(beta2).add_(g, alpha=1 - beta2), rng)
+        put_(x_N[cut], low, x, rounding, seed, cut)
+        keep_average_(store, held, cut, m.mul_(beta2).add_(g, alpha=1 - beta2), seed)
 
 
 @torch.library.register_fake("satchel::lion_")

@@ -110,12 +110,11 @@ def _momentum_(
     u_N: Tensor, g_N: Tensor, held: list[Tensor], store: str, momentum: float, nesterov: bool, seed: int
 ) -> None:
     """Move the momentum towards g, and write what it is, or its look-ahead, into u."""
-    rng = torch.Generator(u_N.device).manual_seed(seed)
     for cut in slices(u_N.numel(), u_N.device):
         g, m = widen(g_N[cut]), STORES[store].read(held, cut, True)
         m.lerp_(g, 1 - momentum)
         u_N[cut].copy_(g.lerp(m, momentum) if nesterov else m)
-        keep_average_(store, held, cut, m, rng)
+        keep_average_(store, held, cut, m, seed)
 
 
 @torch.library.register_fake("satchel::momentum_")
