@@ -24,7 +24,7 @@ test: $(VENV)/test
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/peers
 	for name in plan tune budget; do $(BIN)/satchel bench $$name || exit 1; done

@@ -7,14 +7,14 @@ cd "$(dirname "$0")/.."
 MEMORY=${MEMORY:-1100MiB}
 
 say() { printf '\n# %s\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+run() { printf '$ %s\n' "$1"; eval "$1"; }
 
 say "Tune all weights of a 135M-parameter model in $MEMORY? The plan rehearses the job without its memory."
-run satchel plan tune --config examples/full.toml --memory "$MEMORY" || [ $? -eq 2 ]
+run "satchel plan tune --config examples/full.toml --memory $MEMORY" || [ $? -eq 2 ]
 
 say "It says what would fit: an adapter. Tune it inside the budget; the receipt sets prediction beside measurement."
 rm -rf runs/demo
-run satchel tune --config examples/demo.toml --memory "$MEMORY"
+run "satchel tune --config examples/demo.toml --memory $MEMORY"
 
 say "The adapter lies in runs/demo/adapter, as PEFT writes them. Ask the tuned model something."
-run satchel chat demo --adapter runs/demo/adapter --prompt "What does the yield statement do in Python?" --max-tokens 60 --temperature 0
+run 'satchel chat demo --adapter runs/demo/adapter --prompt "What does the yield statement do in Python?" --max-tokens 60 --temperature 0'

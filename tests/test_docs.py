@@ -1,5 +1,6 @@
 """What the documents say is so: generated parts are fresh, links and commands exist, examples are valid jobs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,15 +15,20 @@ from tests.test_house import FLAGS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text() for page in PAGES}
-COMMANDS = sorted(
-    {
-        line.removeprefix("$ ").partition("  #")[0].strip()
-        for page in PAGES
-        for block in re.findall(r"```console\n(.*?)```", TEXT[page], re.S)
-        for line in block.splitlines()
-        if line.removeprefix("$ ").startswith("satchel ")
-    }
-)
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def commands(text):
+    """The command lines of a page's console blocks, and those within its sentences."""
+    lines = [line for block in blocks(text, "console") for line in block.splitlines()]
+    shown = [line.removeprefix("$ ").partition("  #")[0].strip() for line in lines] + re.findall(r"`([^`\n]+)`", text)
+    return {line for line in shown if line.startswith(("satchel ", "make "))}
+
+
+COMMANDS = sorted(set().union(*map(commands, TEXT.values())))
 
 
 def test_generated_parts_are_fresh():
@@ -38,11 +44,14 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_in_the_documents_has_a_verb_and_flags_that_exist(command):
-    words = shlex.split(command)[1:]
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), command
+        return
     verb = next((verb for verb in FLAGS if words[: len(verb.split())] == verb.split()), None)
     assert verb, f"no verb in {command}"
     flags = {word for word in words if word.startswith("--")}
-    assert flags <= set(FLAGS[verb].split()), command
+    assert flags <= {"--help", *FLAGS[verb].split()}, command
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
@@ -50,11 +59,34 @@ def test_an_example_is_a_valid_job(path):
     assert TuneJob.from_toml(path).out.startswith("runs/")
 
 
+def test_the_tour_shows_the_commands_that_the_demo_runs():
+    script = (ROOT / "examples" / "demo.sh").read_text().replace("$MEMORY", "1100MiB")
+    shown = re.findall(r"^\$ (.*)$", (ROOT / "docs" / "tour.txt").read_text(), re.M)
+    assert shown == [
+        double or single for double, single in re.findall(r"""^run (?:"([^"]*)"|'([^']*)')""", script, re.M)
+    ]
+
+
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", TEXT[ROOT / "README.md"], re.S)[1]
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_it_stands(tmp_path):
+    page = TEXT[ROOT / "docs" / "quickstart.md"]
+    (tmp_path / "job.toml").write_text(blocks(page, "toml")[0])
+    (tmp_path / "chats.jsonl").write_text((blocks(page, "json")[0].splitlines()[0] + "\n") * 20)
+    console = blocks(page, "console")[1]
+    script = f'satchel() {{ "{sys.executable}" -m satchel "$@"; }}; set -ex; {console}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "runs" / "chats-merged" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
