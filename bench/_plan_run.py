@@ -29,8 +29,9 @@ from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import Assembly, assemble
 from satchel.run.device import device
 from satchel.run.memory import Pool, install_pool, peak_resident_bytes, reset_peak_resident
-from satchel.run.planner import Rung, plan
+from satchel.run.planner import plan
 from satchel.run.rehearse import DTYPES
+from satchel.run.rung import Extent, Rung
 from satchel.run.step import mean_loss, train_step
 from satchel.run.tune import tune  # noqa: F401 - the planner measures a process that holds what a tune job's holds
 
@@ -59,7 +60,7 @@ def main(case: dict) -> None:
     source, config = model(case)
     job = TuneJob(**case["job"], memory=NO_LIMIT)
     start = time.perf_counter()
-    rung = plan(job, config, tuple(case.get("lengths", ()))).require()
+    rung = plan(job, config, Extent(tuple(case.get("lengths", ()))), look_for_smallest=False).require()
     rehearsal_s = time.perf_counter() - start
     reset_peak_resident()
     measured = run(rung.job, source or config, tuple(case.get("lengths", ())), pool)

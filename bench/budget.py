@@ -32,8 +32,8 @@ from bench._toy import toy
 from satchel.core.job import TuneJob
 from satchel.core.units import parse_bytes
 from satchel.model.source import find_source
-from satchel.run.planner import GROWTH
 from satchel.run.rehearse import rehearse
+from satchel.run.rung import GROWTH
 
 SHAPES = {"small": (192, 4, True), "wide": (768, 3, True), "deep": (384, 16, False)}  # width, layers, tied head
 METHODS: dict[str, list[dict[str, Any]]] = {

@@ -28,7 +28,7 @@ from bench._tune_loop import BATCH, CONTEXT, HELD_OUT, Tokens
 from bench._tune_satchel import rows
 from satchel.core import book
 from satchel.model.source import find_source
-from satchel.run.planner import DEFAULTS
+from satchel.run.rung import DEFAULTS
 
 PATIENCE_S = 2400  # galore-torch's first step decomposes 210 matrices
 LORA = {"adapter": "lora:rank=8,alpha=16", "lr": 1e-3}

@@ -23,9 +23,9 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 JOB_FLAGS = """
-    --config --model --data --out --eval-data --eval-share --device --memory --dtype --adapter --optimizer --schedule
-    --activations --format --objective --lr --context --batch --micro-batch --packing --no-packing --steps --epochs
-    --clip --seed --eval-every --save-every --resume --no-resume --merge --no-merge
+    --config --model --data --out --eval-data --eval-share --eval-rows --device --memory --dtype --adapter --optimizer
+    --schedule --activations --format --objective --lr --context --batch --micro-batch --packing --no-packing --steps
+    --epochs --clip --seed --eval-every --save-every --resume --no-resume --merge --no-merge
 """
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script
     "bench": "",

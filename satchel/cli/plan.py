@@ -42,6 +42,7 @@ def plan_tune(
         raise typer.Exit(2)
 
 
+SHOWN_SECONDS = 0.5  # what takes less is not said
 NAMES_WIDTH, COLUMN_WIDTH = 14, 12  # characters, spaces between columns included
 PHASES = {
     "load": "the weights arrive matrix by matrix, then adapters are put on them",
@@ -65,16 +66,22 @@ def print_plan(plan: Plan, explain: bool = False) -> None:
 
 def _print_ladder(plan: Plan) -> None:
     columns = [
-        Column(str(number), rung.accounts, rung.peak_bytes, format_seconds(rung.seconds_per_step), _mark(rung, plan))
+        Column(str(number), rung.accounts, rung.peak_bytes, _times(rung), _mark(rung, plan))
         for number, rung in enumerate(plan.rungs, 1)
     ]
-    _print_columns("rung", columns, ("step", ""))
+    _print_columns("rung", columns, ("step", "run") if columns[0].times[1:] else ("step",))
     changes = table("", "what changes", "what that costs")
     for column, rung in zip(columns, plan.rungs, strict=True):
         changes.add_row(
             column.name, Text(", ".join(rung.changes) or "nothing: the job as given"), Text(rung.costs or "-")
         )
     out.print("", changes, sep="\n")
+
+
+def _times(rung: Rung) -> tuple[str, ...]:
+    """Of a step and, if the number of steps is known, of the run."""
+    run = (sum(rung.seconds.values()),) if rung.seconds else ()
+    return tuple(map(format_seconds, (rung.seconds_per_step, *run)))
 
 
 def _mark(rung: Rung, plan: Plan) -> Text:
@@ -86,14 +93,19 @@ def _mark(rung: Rung, plan: Plan) -> Text:
 
 
 def _verdict(plan: Plan) -> Text:
-    smallest = format_bytes(plan.smallest_bytes)
     if plan.chosen is None:
-        advice = next((rung for rung in plan.rungs if rung.advice and rung.fits), None)
-        cure = f"another kind of job would: {', '.join(advice.changes)}" if advice else f"give --memory {smallest}"
-        return Text(f"\nNothing of this kind fits {plan.budget}; {cure}.", "red")
+        return Text(
+            "\n" + "\n".join(f"{line}." for line in (f"Nothing of this kind fits {plan.budget}", *plan.cures())), "red"
+        )
     changes = ", ".join(plan.chosen.changes)
-    how = f"with {changes}" if changes else "as it is"
-    return Text(f"\nFits {plan.budget} {how}. The smallest budget that would do: {smallest}.")
+    verdict = f"\nFits {plan.budget} {f'with {changes}' if changes else 'as it is'}."
+    if plan.chosen.seconds:
+        parts = sorted(plan.chosen.seconds.items(), key=lambda part: -part[1])
+        verdict += " Time: " + ", ".join(f"{format_seconds(s)} {name}" for name, s in parts if s >= SHOWN_SECONDS) + "."
+    if plan.smallest:
+        how = f", with {', '.join(plan.smallest.changes)}" if plan.smallest.changes else ""
+        verdict += f"\nThe smallest budget that would do is {format_bytes(plan.smallest_bytes)}{how}."
+    return Text(verdict)
 
 
 def _print_phases(rung: Rung) -> None:
@@ -118,11 +130,11 @@ class Column(NamedTuple):
     name: str
     accounts: dict[str, int]
     peak_bytes: int
-    step: str = ""
-    mark: Text = Text()
+    times: tuple[str, ...] = ()
+    mark: Text = Text("")
 
 
-def _print_columns(title: str, columns: Sequence[Column], footer: Sequence[str] = ()) -> None:
+def _print_columns(title: str, columns: Sequence[Column], times: Sequence[str] = ()) -> None:
     """Accounts down, rungs or phases across, as many side by side as the terminal is wide."""
     held = {name for column in columns for name, size in column.accounts.items() if size}
     accounts = [name for name in ACCOUNTS if name in held] + sorted(held - set(ACCOUNTS))
@@ -134,8 +146,10 @@ def _print_columns(title: str, columns: Sequence[Column], footer: Sequence[str] 
         for account in accounts:
             rows.add_row(account, *(_size(column.accounts.get(account)) for column in shown))
         rows.add_row("peak", *(Text(format_bytes(column.peak_bytes), "bold") for column in shown))
-        for label, field in zip(footer, ("step", "mark"), strict=False):
-            rows.add_row(label, *(getattr(column, field) for column in shown))
+        for number, label in enumerate(times):
+            rows.add_row(label, *(column.times[number] for column in shown))
+        if any(column.mark for column in shown):
+            rows.add_row("", *(column.mark for column in shown))
         out.print(rows)
 
 

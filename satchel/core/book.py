@@ -8,6 +8,7 @@ import ast
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -125,6 +126,7 @@ def _method_files(room: Path) -> Iterator[Path]:
     return (path for path in sorted(room.glob("*.py")) if not path.stem.startswith("_"))
 
 
+@cache
 def _read(path: Path) -> Entry | None:
     """The entry of a file; None if no class in it has a card and derives from a seam."""
     tree = ast.parse(path.read_text())

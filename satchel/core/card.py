@@ -22,13 +22,17 @@ Fidelity = Literal["exact", "approx", "study"]
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """Eight fields; a ninth needs two consumers on the day it lands."""
+    """Eight fields; a ninth needs two consumers on the day it lands.
+
+    A dial's cheap end saves the most; towards its neutral end the method comes nearer to the plain job, or spends less.
+    The planner turns it to the most neutral value that fits the budget.
+    """
 
     paper: str  # URL of the paper or specification
     saves: tuple[str, ...] = ()  # names from ACCOUNTS and COSTS
     spends: tuple[str, ...] = ()  # names from ACCOUNTS and COSTS
     fidelity: Fidelity = "exact"  # exact: the plain job's result; approx: near it; study: never chosen by the planner
     claim: str = ""  # the authors' number, in their conditions
-    dial: tuple[str, float, float] | None = None  # the one monotone knob and its range, cheap end first
+    dial: tuple[str, float, float] | None = None  # the one monotone knob, its cheap end, its neutral end
     reference: str = ""  # a PyPI package whose result it must equal
     demo: dict[str, Any] = field(default_factory=dict[str, Any])  # knobs that make sense on a 1M-parameter model

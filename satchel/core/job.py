@@ -29,6 +29,7 @@ class TuneJob:
     out: str = "runs/tune"  # folder that receives adapter or model, metrics and receipt
     eval_data: str = ""  # held-out data; empty: eval_share of the data
     eval_share: float = 0.05  # share of the documents held out, [0, 0.5]
+    eval_rows: int = 128  # rows of `context` tokens that an evaluation takes at most, drawn once; 0: all held out
     device: str = "auto"  # auto, cpu or cuda
     memory: str = "auto"  # what the job may use, such as 1.5GiB; auto: what the machine has free now
     dtype: str = "bf16"  # of the weights: bf16 or fp32
@@ -108,7 +109,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def _bounds(job: TuneJob) -> list[tuple[str, bool, str]]:
     """(field, whether its value is allowed, what would be)."""
-    at_least_zero = ("lr", "clip", "micro_batch", "steps", "seed", "eval_every", "save_every")
+    at_least_zero = ("lr", "clip", "micro_batch", "steps", "seed", "eval_rows", "eval_every", "save_every")
     return [
         ("model", bool(job.model), "name a model, such as 'demo'"),
         ("data", bool(job.data), "name a file or folder of text, or 'demo'"),

@@ -10,6 +10,7 @@ import re
 import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Knob:
         return f"{where}: {self.name}={value!r} is not of type {self.kind}{example}"
 
 
+@cache
 def read_knobs(path: Path, class_name: str) -> tuple[Knob, ...]:
     """The annotated fields of one class of a file, in order, without those of its bases."""
     source = path.read_text()

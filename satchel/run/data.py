@@ -91,8 +91,11 @@ def read_dataset(job: TuneJob, tokenizer: Tokenizer) -> Dataset:
         if job.eval_share > 0 and not len(held):
             notes += ("nothing is held out: the data is too little to split; name eval_data for a held-out loss",)
         train, held_out = (corpus, kept), (corpus, held)
-    rows = [pack(documents, chosen, job.context, job.packing) for documents, chosen in (train, held_out)]
-    return Dataset(*rows, kind=corpus.kind, notes=notes)
+    rows, held_rows = (pack(documents, chosen, job.context, job.packing) for documents, chosen in (train, held_out))
+    if 0 < job.eval_rows < len(held_rows):
+        notes += (f"the held-out loss is that of {job.eval_rows} of {len(held_rows):,} rows; --eval-rows 0 takes all",)
+        held_rows = held_rows.sample(job.eval_rows, job.seed)
+    return Dataset(rows, held_rows, kind=corpus.kind, notes=notes)
 
 
 def split(corpus: Corpus, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -76,6 +76,14 @@ class Rows:
             int(learnt_N.sum()),
         )
 
+    def sample(self, count: int, seed: int) -> Rows:
+        """`count` of the rows, drawn at random, in their order: packing puts the longest documents first."""
+        rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        pieces = [np.arange(self.bounds_R1[row], self.bounds_R1[row + 1]) for row in rows]
+        order = np.concatenate([*pieces, np.zeros(0, dtype=np.int64)])
+        bounds = np.concatenate([[0], np.cumsum([len(each) for each in pieces])]).astype(np.int64)
+        return Rows(self.corpus, self.starts_P[order], self.lengths_P[order], bounds)
+
     def digest(self) -> str:
         """A hash of all tokens and of how they lie in rows."""
         digest = hashlib.blake2b(digest_size=16)

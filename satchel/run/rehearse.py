@@ -33,7 +33,7 @@ from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
 from satchel.run.step import Metrics, StepLoss, take_step
-from satchel.run.tracker import Tracker, Work
+from satchel.run.tracker import Segment, Tracker, Work
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -45,6 +45,7 @@ class Rehearsal:
     phases: tuple[Phase, ...]  # in the order of the job
     work: Counter[Work]  # of one optimizer step
     tokens: int  # of one optimizer step
+    phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and save
 
     @property
     def peak(self) -> Phase:
@@ -88,7 +89,8 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
     work = total_work([s for s in step if s.name[1] != "update"], stands)
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
     work.update(_scaled(update, stands))
-    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context)
+    phases = _phase_work(tracker.segments, stands)
+    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases)
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,18 @@ def _batch(lengths: tuple[int, ...]) -> Batch:
     return Batch(tokens_1N, torch.zeros_like(tokens_1N), lengths, sum(lengths))
 
 
+def _phase_work(segments: list[Segment], stands: list[int]) -> dict[str, Counter[Work]]:
+    """What each phase beside the steps computes in the deep model."""
+    phases: dict[str, list[Segment]] = {}
+    for segment in segments:
+        if segment.name[0] != "train":
+            phases.setdefault(segment.name[0], []).append(segment)
+    forward = {name for name, some in phases.items() if any(segment.name[1] == FORWARD for segment in some)}
+    return {name: (total_work if name in forward else _scaled)(some, stands) for name, some in phases.items()}
+
+
 def _scaled(update: list, stands: list[int]) -> Counter[Work]:
-    """The optimizer's work in the deep model: it goes through the layers' parameters one after the other."""
+    """The optimizer's work, or that of load and save, in the deep model: layers' parameters one after the other."""
     depth, work = max(stands) + 1, Counter()
     for segment in update:
         for item, count in segment.work.items():

@@ -24,8 +24,9 @@ from satchel.run.governor import Governor
 from satchel.run.memory import install_pool
 from satchel.run.metrics import FILE, read_metrics
 from satchel.run.packing import Rows
-from satchel.run.planner import DEFAULTS, PROCESS, SLOTS, Plan, Rung, plan
+from satchel.run.planner import Plan, plan
 from satchel.run.receipt import Line, Receipt
+from satchel.run.rung import DEFAULTS, PROCESS, SLOTS, Extent, Rung
 from satchel.run.trainer import TrainResult, train
 
 
@@ -41,7 +42,9 @@ def tune(job: TuneJob, report: Report = SILENT) -> Receipt:
     pool = install_pool() if kind == "cpu" else None
     source = find_source(job.model)
     dataset = read_dataset(job, load_tokenizer(source))
-    made = plan(job, source.config, fullest_row(dataset.train))
+    steps, _ = dataset.train.length(job.batch, job.steps, job.epochs)
+    extent = Extent(fullest_row(dataset.train), steps, len(dataset.held_out))
+    made = plan(job, source.config, extent, look_for_smallest=False)
     report.plan(made)
     rung = made.require()
     governor = Governor(kind, made.budget_bytes, pool)

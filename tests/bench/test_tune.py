@@ -8,7 +8,7 @@ import pytest
 from bench import _harness, _tune_peer, _tune_satchel, tune
 from bench._toy import toy
 from bench._tune_loop import Tokens
-from satchel.run.planner import SLOTS
+from satchel.run.rung import SLOTS
 
 
 @pytest.fixture(scope="module")

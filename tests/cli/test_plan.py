@@ -8,6 +8,7 @@ from rich.console import Console
 
 from satchel.cli import plan as module
 from satchel.core.units import parse_bytes
+from satchel.run.planner import Plan
 
 
 def rung(changes, peak, **facts):
@@ -16,19 +17,26 @@ def rung(changes, peak, **facts):
         SimpleNamespace(name="load", peak_bytes=2**20, accounts={"weights": 2**20}),
         SimpleNamespace(name="train", peak_bytes=2**22, accounts={"weights": 2**20, "activations": 3 * 2**20}),
     )
-    defaults = {"fits": False, "advice": False, "costs": "", "seconds_per_step": 2.8, "accounts": accounts}
+    defaults = {
+        "fits": False,
+        "advice": False,
+        "costs": "",
+        "seconds_per_step": 2.8,
+        "accounts": accounts,
+        "seconds": {},
+    }
     rehearsal = SimpleNamespace(phases=phases)
-    return SimpleNamespace(changes=changes, peak_bytes=parse_bytes(peak), rehearsal=rehearsal, **(defaults | facts))
+    sizes = {"peak_bytes": parse_bytes(peak), "needs_bytes": parse_bytes(peak)}
+    return SimpleNamespace(changes=changes, rehearsal=rehearsal, **sizes, **(defaults | facts))
 
 
 def shown(monkeypatch, rungs, chosen=None, width=100, explain=False):
     screen = Console(file=io.StringIO(), width=width)
     monkeypatch.setattr(module, "out", screen)
     job = SimpleNamespace(model="demo")
-    smallest = min(rung.peak_bytes for rung in rungs)
-    plan = SimpleNamespace(
-        job=job, device="a CPU", budget="900 MiB", rungs=tuple(rungs), chosen=chosen, smallest_bytes=smallest
-    )
+    own = [rung for rung in rungs if not rung.advice]
+    smallest = min(own, key=lambda rung: rung.peak_bytes)
+    plan = Plan(job, "900 MiB", parse_bytes("900MiB"), "a CPU", tuple(rungs), chosen, smallest)
     module.print_plan(plan, explain)
     return screen.file.getvalue()
 
@@ -42,17 +50,27 @@ def test_each_rung_has_its_accounts_its_time_and_what_it_costs(monkeypatch):
     assert "too big" in said and "chosen" in said and "kv" not in lines
     assert lines["1"] == ["nothing:", "the", "job", "as", "given", "-"]
     assert lines["2"] == ["activations=full", "full:", "compute"]
-    assert "Fits 900 MiB with activations=full. The smallest budget that would do: 800 MiB." in said
+    assert "Fits 900 MiB with activations=full." in said and "run" not in lines
+    assert "The smallest budget that would do is 844 MiB, with activations=full." in said  # another process may differ
 
 
-def test_advice_is_marked_as_another_kind_of_job(monkeypatch):
+def test_a_run_of_known_length_has_its_time_and_what_takes_it(monkeypatch):
+    seconds = {"load": 0.01, "evaluate": 40.0, "train": 56.0}
+    fitting = rung((), "800MiB", fits=True, seconds=seconds)
+    said = shown(monkeypatch, [fitting], chosen=fitting)
+    assert "1 min 36 s" in said and "Time: 56.0 s train, 40.0 s evaluate." in said
+
+
+def test_advice_is_another_kind_of_job_beside_the_smallest_budget_of_this_kind(monkeypatch):
     rungs = [rung((), "1.5GiB"), rung(("adapter=lora",), "700MiB", fits=True, advice=True)]
     said = shown(monkeypatch, rungs)
-    assert "would fit" in said and "another kind of job would: adapter=lora" in said
+    assert "would fit" in said and "Another kind of job would fit: adapter=lora." in said
+    assert "The smallest budget that would do for it is 1.55 GiB." in said
 
 
-def test_a_refusal_without_advice_names_the_budget_that_would_do(monkeypatch):
-    assert "give --memory 1.20 GiB" in shown(monkeypatch, [rung((), "1.5GiB"), rung(("micro_batch=1",), "1.2GiB")])
+def test_advice_that_does_not_fit_names_its_own_budget(monkeypatch):
+    rungs = [rung((), "1.5GiB"), rung(("adapter=lora",), "1GiB", advice=True)]
+    assert "Another kind of job would need 1.04 GiB: adapter=lora." in shown(monkeypatch, rungs)
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -128,6 +128,15 @@ def test_named_held_out_data_is_used_and_overlap_is_told(tmp_path):
         read_dataset(TuneJob(model="m", data=path, eval_data=wrong, context=128), TOKENIZER)
 
 
+def test_an_evaluation_takes_no_more_rows_than_asked_and_says_so(tmp_path):
+    jsonl(tmp_path / "d.jsonl", words(60))
+    job = TuneJob(model="demo", data=str(tmp_path / "d.jsonl"), eval_share=0.5, context=16, packing=False)
+    whole, some = (read_dataset(job.replace(eval_rows=count), CharTokenizer()) for count in (0, 5))
+    assert len(whole.held_out) > 5 == len(some.held_out)
+    assert some.train.digest() == whole.train.digest() and len(some.notes) == len(whole.notes) + 1
+    assert some.notes[-1] == f"the held-out loss is that of 5 of {len(whole.held_out)} rows; --eval-rows 0 takes all"
+
+
 def test_the_fingerprint_sees_a_changed_token(tmp_path):
     job = TuneJob(model="m", data=jsonl(tmp_path / "x.jsonl", words(9)), context=16)
     first = read_dataset(job, TOKENIZER).fingerprint()

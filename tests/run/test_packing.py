@@ -91,3 +91,12 @@ def test_micro_batches_hold_the_rows_of_the_whole_step(micro_batch):
     assert sum((part.lengths for part in parts), ()) == whole.lengths
     assert np.concatenate([p.tokens_1N[0] for p in parts]).tolist() == whole.tokens_1N[0].tolist()
     assert sum(part.count for part in parts) == whole.count
+
+
+def test_a_sample_holds_whole_rows_in_their_order_and_is_a_function_of_the_seed():
+    rows = everything(np.random.default_rng(0).integers(2, 64, size=300).tolist(), 128)
+    every = [rows.batch([r]).tokens_1N.tolist() for r in range(len(rows))]
+    some = rows.sample(7, seed=3)
+    places = [every.index(some.batch([r]).tokens_1N.tolist()) for r in range(len(some))]
+    assert len(places) == 7 and places == sorted(set(places)) and places != list(range(7))
+    assert some.digest() == rows.sample(7, seed=3).digest() != rows.sample(7, seed=4).digest()

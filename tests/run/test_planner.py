@@ -1,14 +1,65 @@
-"""The ladder tries what might help, and only what the model admits."""
+"""The plan of a real, tiny model: what it refuses, what would do, how long it takes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
 
 from bench._toy import toy
+from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
+from satchel.core.units import format_bytes
 from satchel.run.planner import plan
+from satchel.run.rung import Extent
+
+PAGE = Path(__file__).parents[2] / "docs" / "PLAN.md"
 
 
-def test_a_method_that_suits_no_matrix_of_the_job_is_no_rung(tmp_path):
-    model = str(toy(tmp_path / "model", width=192, layers=1))
-    refused = plan(TuneJob(model=model, data="demo", device="cpu", context=64, batch=2, memory="1MiB"))
-    changes = {change for rung in refused.rungs for change in rung.changes}
-    assert refused.chosen is None
-    assert "optimizer=adamw8bit" in changes
-    assert not any("galore" in change for change in changes)  # its rank is above that of the adapter
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    model = str(toy(tmp_path_factory.mktemp("toy") / "model", width=192, layers=1))
+    return TuneJob(model=model, data="demo", device="cpu", context=64, batch=2, steps=10, memory="1MiB")
+
+
+@pytest.fixture(scope="module")
+def refused(job):
+    return plan(job.replace(adapter="none", activations="full"))
+
+
+def test_a_refusal_names_the_smallest_budget_of_this_kind_and_apart_from_it_another_kind(refused):
+    with pytest.raises(DoesNotFit) as caught:
+        refused.require()
+    said, smallest = str(caught.value), refused.smallest
+    assert smallest.job.adapter == "none" and not smallest.advice and refused.advice.job.adapter == "lora"
+    assert f"smallest budget that would do for it is {format_bytes(refused.smallest_bytes)}" in said
+    assert f"Another kind of job would need {format_bytes(refused.advice_bytes)}: adapter=lora" in said
+
+
+def test_the_smallest_budget_fits_when_it_is_typed_as_it_is_printed(refused):
+    budget = format_bytes(refused.smallest_bytes)
+    again = plan(refused.job.replace(memory=budget), look_for_smallest=False).require()
+    assert again.job.adapter == "none" and again.needs_bytes <= refused.smallest_bytes
+
+
+def test_what_is_free_now_is_a_budget_and_the_job_as_given_its_only_rung(job):
+    made = plan(job.replace(memory="auto"))
+    assert made.budget.endswith("(free now)") and len(made.rungs) == 1
+    assert made.chosen.changes == () and made.smallest_bytes < made.budget_bytes
+
+
+def test_the_time_of_a_run_counts_every_evaluation(job):
+    seconds = {}
+    for every, rows in ((0, 4), (0, 8), (2, 4)):
+        changed = job.replace(memory="auto", eval_every=every)
+        seconds[every, rows] = plan(changed, extent=Extent((64,), 10, rows), look_for_smallest=False).chosen.seconds
+    few, many, often = seconds.values()
+    assert few["evaluate"] > 0 and many["evaluate"] == pytest.approx(2 * few["evaluate"])
+    assert often["evaluate"] == pytest.approx(3 * few["evaluate"])  # at 0, 2, 4, 6, 8 and 10 instead of 0 and 10
+    assert few["train"] > few["evaluate"] and {"load", "save"} < few.keys()
+
+
+def test_every_key_of_the_json_is_documented(refused):
+    shown = json.loads(json.dumps(refused.to_dict()))
+    documented = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.M))
+    assert documented == shown.keys() | shown["rungs"][0].keys()

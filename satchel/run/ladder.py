@@ -1,0 +1,223 @@
+"""The ladder: from the job as given down to the first way to run it that fits its budget.
+
+1. Smaller micro-batches, which leave the result as it is; so at every later rung.
+2. Exact methods that save an account of the peak, in slots that the user left at their default; the quickest that
+   fits.
+3. On top of the lightest of these, approximate methods in the order of the held-out loss that the tune bench measured;
+   those it has not measured come behind, the one that changes the peak least first. Until one fits, the lightest stays
+   and the next slot is filled. If nothing fits, the same again with dials at their cheap end.
+4. What was found is improved slot by slot: a change that is not needed after all goes, a method of better measured
+   quality comes in its place, and dials are turned, by bisection, to the most neutral value that fits.
+
+The last rung may show another kind of job, an adapter instead of all weights: advice, never chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf, sqrt
+
+from satchel.core import book
+from satchel.core.book import Entry
+from satchel.core.errors import UserError
+from satchel.core.job import TuneJob
+from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
+
+WORTH = 0.01  # a method is tried if it saves an account that makes at least this share of the peak
+TURNS = 4  # rehearsals to turn one dial
+
+
+@dataclass
+class Ladder:
+    """One climb. `rungs` are those that were tried, in their order."""
+
+    job: TuneJob
+    pricing: Pricing
+    rungs: list[Rung] = field(default_factory=list)
+    known: dict[TuneJob, Rung | None] = field(default_factory=dict)  # None: the model does not admit the job
+
+    def climb(self) -> Rung | None:
+        """The rung to run; None if nothing of the job's own kind fits. Raises UserError where the job itself would."""
+        plain = self._rows(self.job, self.job.batch)
+        self.known[plain] = self.known.get(plain) or self.pricing.rung(plain)
+        if found := self._fit(self.job):
+            return found
+        options = self._options(self.job, "exact")
+        if fitting := [rung for rung in map(self._fit, options) if rung]:
+            return self._noted(min(map(self._improved, fitting), key=lambda rung: rung.seconds_per_step))
+        exact = self._lightest([self.job, *options])
+        for cheap in (False, True):
+            base = exact
+            while options := self._options(base, "approx", cheap=cheap):
+                if found := next(filter(None, map(self._fit, options)), None):
+                    return self._noted(self._improved(found))
+                base = self._lightest(options)
+        return None
+
+    def smallest(self) -> Rung:
+        """The lightest rung of the job's own kind: in each slot what brings the peak down the most."""
+        job = self.job
+        for fidelity in ("exact", "approx"):
+            while options := self._options(job, fidelity, cheap=True):
+                lighter = self._lightest([job, *options])
+                if lighter == job:
+                    break
+                job = lighter
+        own = [self._single(job), *(rung for rung in self.rungs if not rung.advice)]
+        return min(own, key=lambda rung: rung.needs_bytes)
+
+    def advise(self) -> None:
+        """Add what another kind of job would need, an adapter where all weights were to be tuned: never chosen."""
+        if self.job.adapter == "none":
+            adapted = dataclasses.replace(self.job, adapter="lora", optimizer=DEFAULTS["optimizer"])
+            other = Ladder(adapted, self.pricing, known=self.known)
+            self.rungs.append(dataclasses.replace(other.climb() or other.smallest(), advice=True))
+
+    def _fit(self, job: TuneJob) -> Rung | None:
+        """The job with the largest micro-batch that fits, which is noted as a rung; None (and a rung) if none fits."""
+        rung = self._noted(self._largest(job))
+        return rung if rung.fits else None
+
+    def _largest(self, job: TuneJob) -> Rung:
+        """The job with the largest micro-batch that fits, or with one row at a time."""
+        one = self.known.get(self._rows(job, 1))
+        if one and not one.fits:
+            return one
+        whole, single = self._require(self._rows(job, job.batch)), self._rows(job, 1)
+        if whole.fits or whole.job == single:
+            return whole
+        one = self._require(single)
+        each = max((whole.peak_bytes - one.peak_bytes) / (job.batch - 1), 1)
+        rows = min(int((self.pricing.budget - one.peak_bytes) / each) + 1, job.batch - 1)
+        while rows > 1 and one.fits:
+            rung = self._require(self._rows(job, rows))
+            if rung.fits:
+                return rung
+            rows -= max(1, rows // 8)
+        return one if one.peak_bytes < whole.peak_bytes else whole
+
+    def _options(self, job: TuneJob, fidelity: str, slots: Sequence[str] = SLOTS, cheap: bool = False) -> list[TuneJob]:
+        """The job with one more slot filled by a method of that fidelity that saves what the peak is made of.
+
+        Best first: by measured loss, then unmeasured ones by how little they change; `cheap`: then with their dials at
+        the cheap end.
+        """
+        rung = self._single(job)
+        heavy = {account for account, size in rung.accounts.items() if size >= WORTH * rung.peak_bytes}
+        found: list[tuple[tuple, TuneJob]] = []
+        for entry in book.entries():
+            free = entry.slot in slots and getattr(job, entry.slot) == DEFAULTS[entry.slot] != entry.name
+            allowed = entry.slot != "format" or job.adapter != "none"
+            if free and allowed and entry.card.fidelity == fidelity and heavy & set(entry.card.saves):
+                found += self._spelled(job, entry, cheap)
+        return [changed for _, changed in sorted(found, key=lambda item: item[0])]
+
+    def _spelled(self, job: TuneJob, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, TuneJob]]:
+        """A method at its defaults and, if `cheap`, with its dial at that end, each with its place in the order."""
+        texts = [entry.name]
+        if cheap and entry.card.dial and entry.card.fidelity == "approx":
+            texts.append(_spell(entry, entry.card.dial[1]))
+        for number, text in enumerate(texts):
+            changed = dataclasses.replace(job, **{entry.slot: text})
+            if rung := self._at(self._rows(changed, 1)):
+                ratio = self.pricing.ratio(entry.slot, text)
+                place = (inf, -rung.peak_bytes) if ratio is None else (ratio, rung.seconds_per_step)
+                yield (number, *place), changed
+
+    def _improved(self, rung: Rung) -> Rung:
+        """The rung with each changed slot as near to the given job as the budget allows: first what costs quality."""
+        for fidelity in ("approx", "exact"):
+            for slot in changed_slots(self.job, rung.job):
+                if _entry(rung.job, slot).card.fidelity == fidelity:
+                    rung = self._turned(self._better(rung, slot), slot)
+        return rung
+
+    def _better(self, rung: Rung, slot: str) -> Rung:
+        """The rung with the slot at its default or filled by a better method, if that fits too."""
+        bare = dataclasses.replace(rung.job, micro_batch=self.job.micro_batch, **{slot: getattr(self.job, slot)})
+        for job in (bare, *self._options(bare, _entry(rung.job, slot).card.fidelity, (slot,))):
+            if getattr(job, slot) == getattr(rung.job, slot):
+                break
+            if (other := self._largest(job)).fits:
+                return other
+        return rung
+
+    def _turned(self, rung: Rung, slot: str) -> Rung:
+        """The rung with the dial of its method in a slot at the most neutral value that fits with one row at a time."""
+        spelling = getattr(rung.job, slot)
+        if spelling == getattr(self.job, slot) or (dial := (entry := _entry(rung.job, slot)).card.dial) is None:
+            return rung
+
+        def at(value: float) -> TuneJob:
+            changed = {"micro_batch": self.job.micro_batch, slot: _spell(entry, value)}
+            return dataclasses.replace(rung.job, **changed)
+
+        def fits(value: float) -> bool:
+            one = self._at(self._rows(at(value), 1))
+            return one is not None and one.fits
+
+        value = getattr(book.make(slot, spelling), dial[0])
+        found = bisect(fits, value, dial[2])
+        best = rung if found == value else self._largest(at(found))
+        slower = best.seconds_per_step > rung.seconds_per_step
+        return rung if entry.card.fidelity == "exact" and slower else best
+
+    def _noted(self, rung: Rung) -> Rung:
+        if rung not in self.rungs:
+            self.rungs.append(rung)
+        return rung
+
+    def _lightest(self, jobs: list[TuneJob]) -> TuneJob:
+        return min(jobs, key=lambda job: self._single(job).peak_bytes)
+
+    def _single(self, job: TuneJob) -> Rung:
+        """One row at a time, or as many as the user asked for."""
+        return self._require(self._rows(job, 1))
+
+    def _rows(self, job: TuneJob, rows: int) -> TuneJob:
+        return dataclasses.replace(job, micro_batch=min(self.job.micro_batch or rows, job.batch))
+
+    def _require(self, job: TuneJob) -> Rung:
+        rung = self._at(job)
+        assert rung is not None, f"{job} was found to be no job of this model"
+        return rung
+
+    def _at(self, job: TuneJob) -> Rung | None:
+        """The rung of a job; None if the model does not admit it: GaLore projects no matrix of a thin LoRA."""
+        if job not in self.known:
+            try:
+                self.known[job] = self.pricing.rung(job)
+            except UserError:
+                self.known[job] = None
+        return self.known[job]
+
+
+def bisect(fits: Callable[[float], bool], value: float, neutral: float) -> float:
+    """The value nearest to `neutral` that was seen to fit, starting from one that does, in `TURNS` tries.
+
+    What is 1 or more, such as a rank, is halved by factors; a share by differences.
+    """
+    too_far = neutral
+    if value == neutral or fits(neutral):
+        return neutral
+    for _ in range(TURNS - 1):
+        middle = sqrt(value * too_far) if min(value, too_far) >= 1 else (value + too_far) / 2
+        if fits(middle):
+            value = middle
+        else:
+            too_far = middle
+    return value
+
+
+def _entry(job: TuneJob, slot: str) -> Entry:
+    return book.find(slot, getattr(job, slot).partition(":")[0])
+
+
+def _spell(entry: Entry, value: float) -> str:
+    """The method with its dial at a value, as the knob's type has it."""
+    assert entry.card.dial is not None
+    knob = next(knob for knob in entry.knobs if knob.name == entry.card.dial[0])
+    text = str(round(value)) if knob.kind == "int" else f"{value:.3g}"
+    return f"{entry.name}:{knob.name}={text}"
