@@ -1,10 +1,11 @@
 """What this machine is, and how fast it is at what models do: measured once, kept in the user's cache.
 
-A rate is not one number: a product of small matrices runs at a tenth of the speed of a large one, and an addition in
-the cache at ten times that of one in memory. So each kind of work has a curve, seconds a call over the size of the
-call, and the time of a rehearsed run is the sum over its calls. Between two measured sizes the curve is a power law.
-What the sum leaves out (shapes that are no squares, the interpreter, caches that a whole step spills) is one factor a
-dtype: the time of a real step of a reference model over the sum for it.
+A rate is not one number, and an operator alone in a loop is three to ten times quicker than in a step, where its data
+lie in memory and its threads asleep. So operators are timed where they occur: in real steps of small reference models,
+one job for every dtype and size, one more for every method that brings operators of its own. For each operator that
+gives a curve, seconds a call over the size of the call, and the time of a rehearsed run is the sum over its calls.
+Between two measured sizes a curve is a power law. Between the operators lies the interpreter, some time a call; what
+the sum still misses is one factor a dtype.
 """
 
 import hashlib
@@ -17,29 +18,41 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
+from satchel.core import book
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
 from satchel.model.config import ModelConfig
 from satchel.run.assemble import DTYPES
-from satchel.run.memory import available_bytes
-from satchel.run.rehearse import rehearse
+from satchel.run.memory import available_bytes, install_pool
 from satchel.run.step import train_step
-from satchel.run.tracker import Work
+from satchel.run.tracker import Work, work_of
 from satchel.run.warm import real
 
-FORMAT = 2  # of what is measured; another number measures anew
+FORMAT = 3  # of what is measured; another number measures anew
 CACHE = Path.home() / ".cache" / "satchel" / "devices"
-REFERENCE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 6}
-REFERENCE |= {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5}
-REFERENCE |= {"max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu"}
+ANY = "any"  # the curve, over bytes, of operators that no reference job has
+REFERENCE = {"model_type": "llama", "vocab_size": 16384, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+REFERENCE |= {"max_position_embeddings": 2048, "tie_word_embeddings": True}
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 4}
+MIDDLE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 12}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 32}
+SHAPES = ((SMALL, 2, 128), (MIDDLE, 4, 256), (LARGE, 1, 1024))  # with rows, tokens a row
+OWN_OPERATORS = ("optimizer", "format")  # slots whose methods bring operators that no other job has
+PLAIN = TuneJob(model="reference", data="demo", lr=1e-6)
 Curve = list[tuple[float, float]]  # (size of a call, seconds), sizes rising
 
 
@@ -52,7 +65,8 @@ class Device:
     cores: int  # CPU threads that torch uses, or multiprocessors
     memory_bytes: int
     torch: str
-    curves: dict[str, Curve]  # by kind of work: over operations, for 'move' over bytes
+    curves: dict[str, Curve]  # by kind of work, over its size
+    gap_s: float = 0.0  # between two calls: the interpreter
     slowdown: dict[str, float] = field(default_factory=dict)  # by dtype: a real step over the sum of its calls
 
     def free_bytes(self) -> int:
@@ -63,23 +77,27 @@ class Device:
         """The time that a step of these calls takes."""
         total, flops = 0.0, Counter()
         for item, count in work.items():
-            total += count * self._call_seconds(item)
-            flops[item.kind.rpartition("/")[2]] += count * item.flops
+            total += count * (self._call_seconds(item) + self.gap_s)
+            flops[_dtype(item)] += count * item.flops
         return total * self.slowdown.get(max(flops, key=flops.__getitem__, default=""), 1.0)
 
     def rate(self, kind: str) -> float:
-        """The best measured rate: operations per second, for 'move' bytes per second."""
+        """The best measured rate of a kind of work: operations per second, or bytes if it does few for each."""
         return max(size / seconds for size, seconds in self.curves[kind])
 
     def _call_seconds(self, item: Work) -> float:
-        moving = interpolate(self.curves["move"], item.moved_bytes)
-        if not item.flops:
-            return moving
-        return max(moving, interpolate(self.curves.get(item.kind, self.curves["float32"]), item.flops))
+        """A product's time grows on beyond the sizes that were measured; that of other operators as any one's does."""
+        general = self.curves[ANY]
+        curve = self.curves.get(item.kind, general)
+        nearest = min(max(item.size, curve[0][0]), curve[-1][0])
+        seconds = interpolate(curve, nearest)
+        if item.flops and item.size == item.flops:
+            return max(seconds * item.size / nearest, general[0][1])
+        return seconds * interpolate(general, item.size) / interpolate(general, nearest)
 
 
 def device(kind: str = "auto", cache: Path = CACHE) -> Device:
-    """This machine's device, measured on first use (about 20 s). Raises UserError for a device that is not there."""
+    """This machine's device, measured on first use (about half a minute). Raises UserError for a device that is not there."""
     kind = resolve(kind)
     key = f"{FORMAT}-{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -96,7 +114,8 @@ def _measure_apart(kind: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     command = [sys.executable, "-m", __name__, kind, str(torch.get_num_threads()), str(draft)]
-    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2])
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as the command line has it
+    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], env=waiting)
     if done.returncode == 0:
         draft.replace(path)
 
@@ -113,36 +132,127 @@ def resolve(kind: str) -> str:
 
 
 def measure(kind: str) -> Device:
-    """Measure the curves of a device, now."""
+    """Measure a device, now; about half a minute."""
     cuda = kind == "cuda"
-    curves: dict[str, Curve] = {"move": _moves(kind)}
-    for dtype in DTYPES.values():
-        name = str(dtype).removeprefix("torch.")
-        curves[name] = [_product(kind, dtype, side) for side in (16, 64, 256, 512, 1024, 2048)]
-        curves[f"attention/{name}"] = [_attention(kind, dtype, tokens) for tokens in (16, 128, 512, 1024)]
+    install_pool() if not cuda else None
+    steps = [_time_step(job, config, kind, 4) for job, config in references()]
+    others = [_time_step(job, config, kind, 1) for job, config in methods()]
     bare = Device(
         kind=kind,
         name=_name(kind),
         cores=torch.cuda.get_device_properties(0).multi_processor_count if cuda else torch.get_num_threads(),
         memory_bytes=torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total,
         torch=torch.__version__,
-        curves={kind: _rising(curve) for kind, curve in curves.items()},
+        curves=_curves([*steps, *filter(None, others)]),
+        gap_s=max(0.0, median(step.gap_s for step in steps)),
     )
-    return replace(bare, slowdown={str(DTYPES[name]).removeprefix("torch."): _slowdown(bare, name) for name in DTYPES})
+    ratios: dict[str, list[float]] = {}
+    for step in steps:
+        ratios.setdefault(step.dtype, []).append(step.seconds / bare.seconds(step.work()))
+    return replace(bare, slowdown={dtype: median(found) for dtype, found in ratios.items()})
 
 
-def _slowdown(bare: Device, dtype: str) -> float:
-    """A real step of the reference job over the sum of its calls; the quickest of five, since others only ever add."""
-    job = TuneJob(model="reference", data="demo", context=256, batch=4, dtype=dtype)
-    config = ModelConfig.from_hf(REFERENCE)
-    predicted = bare.seconds(rehearse(job, config, device=bare.kind).work)
-    assembly, batch = real(job, config, bare.kind, (job.context,) * job.batch)
-    times = []
-    for _ in range(6):
+def references() -> Iterator[tuple[TuneJob, ModelConfig]]:
+    """The plain jobs: an adapter, then all weights, in each size and dtype; of the largest only what is quick."""
+    for shape, rows, context in SHAPES:
+        config = ModelConfig.from_hf(REFERENCE | shape)
+        for dtype, adapter in product(DTYPES, ("lora", "none")):
+            if shape is not LARGE or (dtype, adapter) == (PLAIN.dtype, PLAIN.adapter):
+                yield replace(PLAIN, batch=rows, context=context, dtype=dtype, adapter=adapter), config
+
+
+def methods() -> Iterator[tuple[TuneJob, ModelConfig]]:
+    """A job for each method that may bring operators of its own."""
+    config = ModelConfig.from_hf(REFERENCE | MIDDLE | {"num_hidden_layers": 1, "vocab_size": 4096})
+    for entry in book.entries():
+        if entry.slot in OWN_OPERATORS:
+            adapter = "none" if entry.slot == "optimizer" else "lora"
+            yield replace(PLAIN, batch=1, context=256, adapter=adapter, **{entry.slot: entry.name}), config
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A step of a reference job."""
+
+    dtype: str
+    seconds: float
+    calls: dict[Work, list[float]]  # seconds of each call of an operator
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds between two calls; below zero where calls overlap."""
+        times = list(chain.from_iterable(self.calls.values()))
+        return (self.seconds - sum(times)) / len(times)
+
+    def work(self) -> Counter[Work]:
+        """The step's calls."""
+        return Counter({item: len(found) for item, found in self.calls.items()})
+
+
+class Stopwatch(TorchDispatchMode):
+    """Times every operator while active."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.wait = torch.cuda.synchronize if kind == "cuda" else lambda: None
+        self.calls: dict[Work, list[float]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        self.wait()
         start = time.perf_counter()
-        float(train_step(assembly, [batch], 0.0)["loss"])
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) / predicted
+        out = func(*args, **kwargs)
+        self.wait()
+        seconds = time.perf_counter() - start
+        if not func.is_view and func.namespace != "prim":
+            every = {id(t): t for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor)}
+            self.calls.setdefault(work_of(func, args, kwargs, out, list(every.values())), []).append(seconds)
+        return out
+
+
+def _time_step(job: TuneJob, config: ModelConfig, kind: str, steps: int) -> Timed | None:
+    """Some steps of a job as it is, one operator by operator; None if the method does not suit the model."""
+    try:
+        assembly, batch = real(job, config, kind, (job.context,) * job.batch)
+        times = [_seconds(partial(train_step, assembly, [batch], assembly.lr), kind) for _ in range(steps)]
+    except UserError:
+        return None
+    with Stopwatch(kind) as watch:
+        train_step(assembly, [batch], assembly.lr)
+    return Timed(str(DTYPES[job.dtype]).removeprefix("torch."), median(times[1:] or times), watch.calls)
+
+
+def _seconds(call: Callable[[], object], kind: str) -> float:
+    start = time.perf_counter()
+    call()
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _curves(steps: Iterable[Timed]) -> dict[str, Curve]:
+    """For each kind of work the median seconds of a call, at each size that occurred."""
+    samples: dict[str, dict[int, list[float]]] = {ANY: {}}
+    for item, found in chain.from_iterable(step.calls.items() for step in steps):
+        kinds = (item.kind,) if item.flops else (item.kind, ANY)
+        for kind in kinds:
+            samples.setdefault(kind, {}).setdefault(_octave(item.size), []).extend(
+                (max(item.size, 1), s) for s in found
+            )
+    return {kind: _rising([_middle(found) for found in sizes.values()]) for kind, sizes in samples.items()}
+
+
+def _octave(size: int) -> int:
+    return size.bit_length()
+
+
+def _middle(found: list[tuple[int, float]]) -> tuple[float, float]:
+    sizes, seconds = zip(*found, strict=True)
+    return float(median(sizes)), median(seconds)
+
+
+def _dtype(item: Work) -> str:
+    return item.kind.split("/")[1]
 
 
 def interpolate(curve: Curve, size: float) -> float:
@@ -163,38 +273,6 @@ def _rising(curve: Curve) -> Curve:
     for size, seconds in sorted(curve, reverse=True):
         out.insert(0, (float(size), min(seconds, out[0][1] if out else seconds)))
     return out
-
-
-def _moves(kind: str) -> Curve:
-    points = []
-    for elements in (256, 16_384, 131_072, 1_048_576, 8_388_608):
-        a, b = (torch.ones(elements, dtype=torch.bfloat16, device=kind) for _ in range(2))
-        points.append((3 * 2 * elements, _seconds(kind, lambda a=a, b=b: a * b)))
-    return points
-
-
-def _product(kind: str, dtype: torch.dtype, side: int) -> tuple[float, float]:
-    x, w = (torch.randn(side, side, device=kind).to(dtype) for _ in range(2))
-    return 2 * side**3, _seconds(kind, lambda: F.linear(x, w))
-
-
-def _attention(kind: str, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
-    q, k, v = (torch.randn(1, 8, tokens, 64, device=kind).to(dtype) for _ in range(3))
-    flops = 2 * 2 * 8 * tokens**2 * 64
-    return flops, _seconds(kind, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-
-
-def _seconds(kind: str, call: Callable[[], object], patience_s: float = 0.15) -> float:
-    """Seconds of a call: the least of as many as fit in `patience_s`, since other programs only ever add."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 4 or (time.perf_counter() - begin < patience_s and len(times) < 200):
-        start = time.perf_counter()
-        call()
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def _name(kind: str) -> str:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+THIN = 32  # operations a byte below which moving the byte is what takes the time
 PACKED = 1200 << 10  # bytes of a thread's part at most; half of a smaller matrix. Measured with oneDNN, +-0.6 MiB
 ENGINE = "_engine_run_backward"  # the function of torch.autograd under which the engine runs
 WRAPPERS = ("_dynamo", "_compile.py")  # files of torch that stand between an operator's caller and a dispatch mode
@@ -28,9 +29,14 @@ WRAPPERS = ("_dynamo", "_compile.py")  # files of torch that stand between an op
 class Work(NamedTuple):
     """What one call of an operator does; a run is a count of these."""
 
-    kind: str  # 'bfloat16', 'float32', ...: a matrix product in that dtype; 'attention/...'; 'move': everything else
-    flops: int  # floating-point operations; 0 for 'move'
+    kind: str  # 'product/bfloat16', 'product/bfloat16/thin': of matrices; else the operator, 'silu/bfloat16'
+    flops: int  # floating-point operations; 0 for elementwise operators and copies
     moved_bytes: int  # read and written
+
+    @property
+    def size(self) -> int:
+        """What the time of such a call grows with: operations, or bytes if it does few for each."""
+        return self.flops if self.flops >= THIN * self.moved_bytes else self.moved_bytes
 
 
 class Label(NamedTuple):
@@ -81,7 +87,7 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors.values():
             self._see(tensor)
         if not func.is_view and func.namespace != "prim":
-            self.segments[-1].work[_work(func, args, kwargs, out, list(tensors.values()))] += 1
+            self.segments[-1].work[work_of(func, args, kwargs, out, list(tensors.values()))] += 1
         if scratch := _scratch(func, args):
             self._count += 1
             self.segments[-1].events += [(self._count, scratch), (self._count, -scratch)]
@@ -134,14 +140,17 @@ def _scratch(func: Any, args: tuple) -> int:
     return torch.get_num_threads() * min(PACKED, second.numel())
 
 
-def _work(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor]) -> Work:
+def work_of(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor]) -> Work:
+    """What a call does: `tensors` are those that it reads and writes, each once."""
     moved = sum(t.numel() * t.element_size() for t in tensors)
-    counter = FLOPS.get(func._overloadpacket)
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+    name, counter = func._overloadpacket.__name__, FLOPS.get(func._overloadpacket)
     if counter is None:
-        return Work("move", 0, moved)
-    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
-    kind = f"attention/{dtype}" if "attention" in func.__name__ else dtype
-    return Work(kind, int(counter(*args, **kwargs, out_val=out)), moved)
+        variant = [value for value in args if isinstance(value, str)]  # of an operator that does several things
+        return Work("/".join([name, dtype, *variant]), 0, moved)
+    flops = int(counter(*args, **kwargs, out_val=out))
+    product = name if "attention" in name else "product"
+    return Work(f"{product}/{dtype}" if flops >= THIN * moved else f"{product}/{dtype}/thin", flops, moved)
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 
 import torch
 
+from satchel.core.book import make
 from satchel.core.job import TuneJob
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.linear import linears, swap
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.step import mean_loss, train_step
 
@@ -41,6 +43,9 @@ def real(job: TuneJob, config: ModelConfig, device: str, lengths: tuple[int, ...
     """A model of random weights, ready to train, and a micro-batch of random tokens."""
     decoder = Decoder(config, DTYPES[job.dtype], device)
     decoder.init_weights(torch.Generator(device).manual_seed(0))
+    if storage := make("format", job.format):
+        for path, module in linears(decoder).items():
+            swap(decoder, path, storage.pack(module.weight.detach()))
     rng = torch.Generator().manual_seed(0)
     row = torch.randint(0, config.vocab, (1, sum(lengths)), generator=rng)
     return assemble(job, decoder), Batch(row, row.roll(-1), lengths, row.numel()).to(device)
