@@ -97,7 +97,7 @@ class Device:
 
 
 def device(kind: str = "auto", cache: Path = CACHE) -> Device:
-    """This machine's device, measured on first use (about half a minute). Raises UserError for a device that is not there."""
+    """This machine's device, measured on first use (half a minute). Raises UserError for one that is not there."""
     kind = resolve(kind)
     key = f"{FORMAT}-{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
