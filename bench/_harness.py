@@ -15,14 +15,14 @@ from satchel.run.device import device
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; for all that is measured, peers too
 
 
 def measure(module: str, argument: Any, timeout_s: float = 900) -> dict[str, Any]:
     """Run `python -m module JSON` and parse the last line that it prints; a failure is a result too (`error`)."""
     command = [sys.executable, "-m", module, json.dumps(argument)]
-    waiting = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as the command line sets it; the same for peers
     try:
-        done = subprocess.run(command, cwd=ROOT, env=waiting, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"error": f"no result within {timeout_s:.0f} s"}
     lines = done.stdout.strip().splitlines()

@@ -114,8 +114,7 @@ def _measure_apart(kind: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     command = [sys.executable, "-m", __name__, kind, str(torch.get_num_threads()), str(draft)]
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as the command line has it
-    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], env=waiting)
+    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2])
     if done.returncode == 0:
         draft.replace(path)
 
