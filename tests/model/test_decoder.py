@@ -96,3 +96,11 @@ def test_a_model_of_any_size_is_built_without_memory() -> None:
     decoder = Decoder(big, dtype=torch.bfloat16, device="meta")
     assert sum(p.numel() for p in decoder.parameters()) == big.parameters > 4e9
     assert all(isinstance(m, nn.Linear) for name, m in decoder.named_modules() if name.endswith("_proj"))
+
+
+def test_without_gradients_no_policy_is_asked() -> None:
+    decoder, policy = decoder_of(), Recomputed()
+    decoder.wrap_blocks(policy)
+    with torch.no_grad():
+        decoder(ROW)
+    assert policy.calls == []

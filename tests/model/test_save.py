@@ -130,3 +130,13 @@ def test_the_tokenizer_goes_along_and_code_does_not(small, tmp_path):
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
         assert theirs("Hi 1984")["input_ids"] == load_tokenizer(demo).encode("Hi 1984")
         assert "auto_map" not in json.loads((tmp_path / folder / "config.json").read_text())
+
+
+def test_every_file_is_on_the_disk_before_the_folder_takes_its_place(small, tmp_path, monkeypatch):
+    flushed, held = [], []
+    monkeypatch.setattr(saving, "sync", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(saving.os, "replace", lambda draft, target: held.extend(flushed) or draft.rename(target))
+    save(small, tmp_path / "ours")
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert names < set(held) and len(held) == len(names) + 1  # and the draft folder itself
+    assert flushed[-1] == tmp_path.name

@@ -52,3 +52,13 @@ def test_a_model_that_is_shallow_already_is_run_as_it_is() -> None:
 def test_accounts_add_up_to_the_peak() -> None:
     for phase in extend(fake_run(5), list(range(5))):
         assert sum(phase.accounts.values()) == phase.peak_bytes
+
+
+def test_phases_are_named_by_the_first_part_of_a_segments_name() -> None:
+    assert [phase.name for phase in extend(fake_run(5), list(range(5)))] == ["load", "train"]
+
+
+def test_a_run_that_ends_within_its_blocks_is_extended_too() -> None:
+    """As work without an update is: the last segment is a block's backward."""
+    segments = fake_run(3).segments[:-1]
+    assert total_work(segments, [0, 1, 1, 1, 2]) == {Work("bfloat16", 7, 1): 10}
