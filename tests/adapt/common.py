@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from satchel.model.adapters import Adapted, adapted, adapter_parameters, attach
 from tests.adapt.toys import Toy, stir, tiny_llama
-from tests.tolerances import TOLERANCE
+from tests.tolerances import same
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 97
 
@@ -16,11 +16,6 @@ def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         out = model.eval()(TOKENS)
     return getattr(out, "logits", out)
-
-
-def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two tensors differ by no more than their dtype does, in the norm."""
-    return bool((ours - theirs).norm() <= TOLERANCE[ours.dtype] * theirs.norm())
 
 
 def check_trains_as_peft(method, peft, **knobs):

@@ -14,8 +14,9 @@ from satchel.model.adapters import adapted, adapter_parameters, attach, detach
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.names import house_recipes
-from tests.adapt.common import logits, same
+from tests.adapt.common import logits
 from tests.adapt.toys import stir, tiny_llama
+from tests.tolerances import same
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
