@@ -25,7 +25,7 @@ from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
 from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
 
-WORTH = 0.01  # a method is tried if it saves an account that makes at least this share of the peak
+WORTH = 0.05  # a method is tried if it saves an account that makes at least this share of the peak
 TURNS = 4  # rehearsals to turn one dial
 
 
@@ -42,8 +42,8 @@ class Ladder:
         """The rung to run; None if nothing of the job's own kind fits. Raises UserError where the job itself would."""
         plain = self._rows(self.job, self.job.batch)
         self.known[plain] = self.known.get(plain) or self.pricing.rung(plain)
-        if found := self._fit(self.job):
-            return found
+        if (given := self._noted(self._largest(self.job))).fits:
+            return given
         options = self._options(self.job, "exact")
         if fitting := [rung for rung in map(self._fit, options) if rung]:
             return self._noted(min(map(self._improved, fitting), key=lambda rung: rung.seconds_per_step))
@@ -53,7 +53,9 @@ class Ladder:
             while options := self._options(base, "approx", cheap=cheap):
                 if found := next(filter(None, map(self._fit, options)), None):
                     return self._noted(self._improved(found))
-                base = self._lightest(options)
+                if (lighter := self._lightest([base, *options])) == base:
+                    break
+                base = lighter
         return None
 
     def smallest(self) -> Rung:
@@ -77,6 +79,8 @@ class Ladder:
 
     def _fit(self, job: TuneJob) -> Rung | None:
         """The job with the largest micro-batch that fits, which is noted as a rung; None (and a rung) if none fits."""
+        if self._at(self._rows(job, 1)) is None:
+            return None
         rung = self._noted(self._largest(job))
         return rung if rung.fits else None
 
@@ -121,10 +125,11 @@ class Ladder:
             texts.append(_spell(entry, entry.card.dial[1]))
         for number, text in enumerate(texts):
             changed = dataclasses.replace(job, **{entry.slot: text})
-            if rung := self._at(self._rows(changed, 1)):
-                ratio = self.pricing.ratio(entry.slot, text)
-                place = (inf, -rung.peak_bytes) if ratio is None else (ratio, rung.seconds_per_step)
-                yield (number, *place), changed
+            ratio = self.pricing.ratio(entry.slot, text)
+            if ratio is not None and entry.card.fidelity == "approx":  # rehearsed when its turn comes
+                yield (number, ratio, self.pricing.measured[entry.slot, entry.name].cpu), changed
+            elif rung := self._at(self._rows(changed, 1)):
+                yield (number, *((inf, -rung.peak_bytes) if ratio is None else (ratio, rung.seconds_per_step))), changed
 
     def _improved(self, rung: Rung) -> Rung:
         """The rung with each changed slot as near to the given job as the budget allows: first what costs quality."""
@@ -140,7 +145,7 @@ class Ladder:
         for job in (bare, *self._options(bare, _entry(rung.job, slot).card.fidelity, (slot,))):
             if getattr(job, slot) == getattr(rung.job, slot):
                 break
-            if (other := self._largest(job)).fits:
+            if self._at(self._rows(job, 1)) and (other := self._largest(job)).fits:
                 return other
         return rung
 
@@ -170,7 +175,8 @@ class Ladder:
         return rung
 
     def _lightest(self, jobs: list[TuneJob]) -> TuneJob:
-        return min(jobs, key=lambda job: self._single(job).peak_bytes)
+        admitted = [job for job in jobs if self._at(self._rows(job, 1))]
+        return min(admitted, key=lambda job: self._single(job).peak_bytes)
 
     def _single(self, job: TuneJob) -> Rung:
         """One row at a time, or as many as the user asked for."""
