@@ -15,6 +15,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <set>
@@ -24,6 +26,8 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kSmall = 16 << 10;
+constexpr size_t kMoves = 4 << 10;     // between two counts of the kernel's mappings; each makes two at most
+constexpr size_t kMappings = 48'000;  // beyond, free pages are given back: a process may have 65530
 
 using Address = uintptr_t;
 
@@ -80,10 +84,7 @@ class PagePool final : public c10::Allocator {
   // Gives every free page back to the system.
   void trim() {
     std::lock_guard<std::mutex> guard(mutex_);
-    for (const auto& [at, size] : by_address_) unmap(at, size);
-    by_address_.clear();
-    by_size_.clear();
-    stats_.free = 0;
+    trim_free();
   }
 
   static PagePool& instance() {
@@ -132,9 +133,17 @@ class PagePool final : public c10::Allocator {
       return at;
     }
     void* range = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) {  // too many mappings, or no addresses
+      trim_free();
+      range = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    }
     if (range == MAP_FAILED) return 0;
     const Address base = reinterpret_cast<Address>(range);
     size_t filled = 0;
+    if (moves_ > kMoves) {
+      moves_ = 0;
+      if (mappings() > kMappings) trim_free();
+    }
     while (filled < size && !by_size_.empty()) filled += move_largest(base + filled, size - filled);
     seams_.insert(base + filled);
     seams_.insert(base + size);
@@ -155,14 +164,33 @@ class PagePool final : public c10::Allocator {
       stats_.faulted += piece;
     } else {
       stats_.moved += piece;
+      ++moves_;
+      forget_seams(at, piece);
+      seams_.insert({at, at + piece, to});
     }
-    seams_.insert({at, at + piece, to});
     return piece;
   }
 
   void unmap(Address at, size_t size) {
     munmap(reinterpret_cast<void*>(at), size);
+    forget_seams(at, size);
     seams_.insert({at, at + size});
+  }
+
+  // Those within a range that is no longer mapped.
+  void forget_seams(Address at, size_t size) { seams_.erase(seams_.upper_bound(at), seams_.lower_bound(at + size)); }
+
+  // How many the process has; the kernel refuses any more than vm.max_map_count.
+  static size_t mappings() {
+    std::ifstream maps("/proc/self/maps");
+    return std::count(std::istreambuf_iterator<char>(maps), {}, '\n');
+  }
+
+  void trim_free() {
+    for (const auto& [at, size] : by_address_) unmap(at, size);
+    by_address_.clear();
+    by_size_.clear();
+    stats_.free = 0;
   }
 
   // Returns an extent to the free set, joined with its free neighbours.
@@ -198,6 +226,7 @@ class PagePool final : public c10::Allocator {
   std::set<std::pair<size_t, Address>> by_size_;    // the same, smallest first
   std::set<Address> seams_;                         // where one kernel mapping may end and another begin
   std::unordered_map<Address, size_t> live_;
+  size_t moves_ = 0;  // since the mappings were counted
   Stats stats_{};
 };
 

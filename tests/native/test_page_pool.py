@@ -95,3 +95,16 @@ print(repr(y.item()), repr(x.grad.double().sum().item()))
         [sys.executable, "-c", "import torch\n" + body], capture_output=True, text=True, timeout=120, check=True
     )
     assert run(body) == plain.stdout
+
+
+def test_reuse_of_small_holes_never_spends_all_mappings_that_the_kernel_allows() -> None:
+    body = """
+held = []
+for _ in range(80):
+    blocks = [torch.empty(20 << 10, dtype=torch.uint8) for _ in range(2000)]
+    del blocks[::2]                                              # 1000 holes, from which a large tensor could be made
+    held.append(torch.empty(20 * MIB, dtype=torch.uint8))
+with open("/proc/self/maps") as maps:
+    assert sum(1 for _ in maps) < 62_000
+"""
+    run(body)
