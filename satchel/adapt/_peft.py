@@ -20,7 +20,8 @@ from satchel.adapt._peft_config import CONFIG, WEIGHTS, PeftConfig, config_of, r
 from satchel.adapt._peft_names import Low, fuse, split, their_paths
 from satchel.adapt.dora import Dora
 from satchel.adapt.lora import Lora
-from satchel.core.errors import JobError, ModelError, UserError
+from satchel.core.disk import writing
+from satchel.core.errors import ModelError, UserError
 from satchel.core.seams import Adapter
 from satchel.model.adapters import adapted, install
 from satchel.model.disk import write_text
@@ -35,7 +36,7 @@ def save_peft(model: nn.Module, folder: str | Path, base_name: str = "", name: s
     """Write the adapter `name` of `model` for PEFT; a folder that holds a configuration holds all the rest.
 
     `base_name` is the folder or hub id of the model that was tuned. Raises UserError if there is no such adapter or
-    PEFT has no layout for it, JobError if it cannot be written.
+    PEFT has no layout for it, NoDisk if it cannot be written.
     """
     places = {path: place for path, place in adapted(model) if name in place.adapters}
     ours = {path: _low(path, place.methods[name], place.adapters[name]) for path, place in places.items()}
@@ -127,7 +128,7 @@ def _require_complete(config: PeftConfig, theirs: Mapping[str, Low], meant: list
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The configuration comes last: without it the folder is no adapter."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as draft:
             entries = [Outgoing(key, tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()]
@@ -136,5 +137,3 @@ def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) 
             (folder / CONFIG).unlink(missing_ok=True)
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(draft) / name, folder / name)
-    except OSError as error:
-        raise JobError(f"{folder}: the adapter could not be written ({error})") from error

@@ -5,8 +5,10 @@ SatchelError
 │   ├── UnknownName      a method, knob, key or file that does not exist; carries the nearest that does
 │   ├── ModelError       a folder, file or architecture that cannot be read
 │   ├── DataError        every malformed record of a data set, at once
-│   └── DoesNotFit       the job exceeds its budget; carries what would do
-└── JobError             the job failed while running: NaN loss, no disk, over the limit; exit code 1
+│   ├── DoesNotFit       the job exceeds its budget; carries what would do
+│   ├── NoDisk           the output cannot be written: no room, no permission
+│   └── Diverged         the loss is no number any more: the learning rate or the data are at fault
+└── JobError             the job failed while running: out of memory, no whole checkpoint; exit code 1
 """
 
 import difflib
@@ -48,6 +50,14 @@ class DataError(UserError):
 
 class DoesNotFit(UserError):
     """The job cannot be made to fit its budget; the message names the smallest budget that would do."""
+
+
+class NoDisk(UserError):
+    """The output cannot be written; the message says what is kept."""
+
+
+class Diverged(UserError):
+    """Loss or weights are no numbers any more; the message names the last good checkpoint."""
 
 
 class JobError(SatchelError):

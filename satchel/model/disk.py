@@ -15,8 +15,11 @@ def write_text(path: Path, text: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old text or the new, whenever the machine stops."""
     draft = path.with_name(f".{path.name}.part")
-    write_text(draft, text)
-    os.replace(draft, path)
+    try:
+        write_text(draft, text)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync(path.parent)
 
 

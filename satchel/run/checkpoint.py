@@ -10,13 +10,11 @@ two are kept. Tensors are streamed: no second copy of them is made. Nothing is e
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from satchel.core.disk import require_room, writing
 from satchel.core.errors import JobError, ModelError
-from satchel.core.units import format_bytes
 from satchel.model.disk import replace_text, sync, write_text
 from satchel.model.encodings import PLAIN
 from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
@@ -75,29 +73,35 @@ class Checkpoints:
     def save(self, step: int, state: State, files: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write the checkpoint of `step`: JSON state, and named tensors by file stem.
 
-        Raises JobError, and leaves nothing of it behind, if the disk is full or cannot be written.
+        Raises NoDisk, and leaves nothing of it behind, if the disk is full or cannot be written.
         """
         target, draft = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
-        with self._disk_errors(draft):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            self.require_space(files)
-            draft.mkdir()
-            for stem, tensors in files.items():
-                entries = [Outgoing(name, tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()]
-                write_safetensors(draft / f"{stem}.safetensors", entries)
-            write_text(draft / STATE, json.dumps(state | {"step": step}))
-            hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-            write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
-            sync(draft)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(draft, target)
-            sync(self.folder)
-            replace_text(self.folder / LATEST, target.name)
+        try:
+            with writing(self.folder, self._last()):
+                self._write(draft, target, state | {"step": step}, files)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         for old in self._folders()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _write(self, draft: Path, target: Path, state: State, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        self.require_space(files)
+        draft.mkdir()
+        for stem, tensors in files.items():
+            entries = [Outgoing(name, tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()]
+            write_safetensors(draft / f"{stem}.safetensors", entries)
+        write_text(draft / STATE, json.dumps(state))
+        hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+        write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
+        sync(draft)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(draft, target)
+        sync(self.folder)
+        replace_text(self.folder / LATEST, target.name)
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint; None if none was ever saved. Raises JobError if all of them are damaged."""
@@ -116,15 +120,10 @@ class Checkpoints:
         return None
 
     def require_space(self, files: Mapping[str, Mapping[str, Tensor]], copies: int = 1) -> None:
-        """Raises JobError if the disk has no room for `copies` checkpoints of these tensors."""
+        """Raises NoDisk if the disk has no room for `copies` checkpoints of these tensors."""
         tensors = [tensor for named in files.values() for tensor in named.values()]
         needed = copies * (sum(tensor.nbytes for tensor in tensors) + SLACK_BYTES)
-        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-        if free < needed:
-            raise JobError(
-                f"{self.folder}: no disk left: needs {format_bytes(needed)}, {format_bytes(free)} free; "
-                f"free some or choose another out{self._last()}"
-            )
+        require_room(self.folder, needed, self._last())
 
     def _folders(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
@@ -138,17 +137,6 @@ class Checkpoints:
     def _last(self) -> str:
         folders = self._folders()
         return f"; kept: {folders[0]}" if folders else ""
-
-    @contextmanager
-    def _disk_errors(self, draft: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            why = "no disk left" if full else f"cannot be written ({error.strerror})"
-            raise JobError(f"{self.folder}: {why}; free some or choose another out{self._last()}") from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:

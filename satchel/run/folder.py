@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from satchel.core.disk import writing
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
 from satchel.model.disk import replace_text
@@ -25,7 +26,8 @@ def check_out(job: TuneJob) -> None:
     if job.resume and not (out / CLAIM).exists():
         raise UserError(f"out: {out} holds no run to resume; leave resume out to start one")
     if not job.resume and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise UserError(f"out: {out} exists and is not empty; go on with its run by --resume, or name another --out")
+        cure = "go on with its run by --resume, or" if (out / CLAIM).exists() else "it holds no run of satchel's:"
+        raise UserError(f"out: {out} exists and is not empty; {cure} name another --out")
 
 
 def begun_with(out: str | Path) -> TuneJob | None:
@@ -42,15 +44,16 @@ def begun_with(out: str | Path) -> TuneJob | None:
 def claim(job: TuneJob, data: str, model: str) -> None:
     """Take the folder for a new run, or check that a resumed one is the same job on the same data and model.
 
-    Raises UserError that names the field that changed.
+    Raises UserError that names the field that changed, NoDisk if the folder cannot be written.
     """
     check_out(job)
     path = Path(job.out) / CLAIM
     mine = {"job": job.to_dict(), "data": data, "model": model}
     before = begun_with(job.out) if job.resume else None
     if before is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(mine, indent=1))
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(mine, indent=1))
         return
     for name, value in mine["job"].items():
         if name not in FREE and getattr(before, name) != value:

@@ -8,12 +8,14 @@ gradient), `lr`, `tokens` (fed so far), `seconds` (since the run began, those be
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from satchel.core.disk import writing
 from satchel.model.disk import replace_text
 
 Metrics = dict[str, float]
@@ -28,30 +30,35 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 class MetricsLog:
-    """The metrics files of one run. A context manager: it closes them."""
+    """The metrics files of one run. A context manager: it closes them. Every method raises NoDisk on a full disk."""
 
     def __init__(self, out: Path, step: int = 0) -> None:
         """Goes on after `step` finished steps: lines of later ones, which a killed run left, are dropped."""
-        path = out / FILE
+        self._out, path = out, out / FILE
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1, encoding="utf-8")
-        self._board = _board(out / "tensorboard", step)
+        with writing(out):
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+            self._board = _board(out / "tensorboard", step)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        # What could not be written stays in the buffers and fails once more: after an error that has been told.
+        with contextlib.suppress(OSError) if error else writing(self._out):
+            self._file.close()
+        with contextlib.suppress(OSError) if error else writing(self._out):
+            if self._board:
+                self._board.close()
 
     def write(self, metrics: Metrics) -> None:
         """Append one line."""
-        self._file.write(json.dumps(metrics) + "\n")
-        if self._board:
-            for name in metrics.keys() - {"step"}:
-                self._board.add_scalar(name, metrics[name], int(metrics["step"]))
+        with writing(self._out):
+            self._file.write(json.dumps(metrics) + "\n")
+            if self._board:
+                for name in metrics.keys() - {"step"}:
+                    self._board.add_scalar(name, metrics[name], int(metrics["step"]))
 
 
 def _board(folder: Path, step: int) -> Any:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from satchel.core.disk import writing
 from satchel.run.metrics import Metrics
 
 GIB = 1 << 30
 
 
 def plot(lines: list[Metrics], path: Path, budget_bytes: int | None = None) -> bool:
-    """Draw the metrics into a PNG file. False if matplotlib is not installed or there is nothing to draw."""
+    """Draw the metrics into a PNG file. False if matplotlib is not installed or there is nothing to draw.
+
+    Raises NoDisk, leaving the file as it was, if it cannot be written.
+    """
     steps = [line for line in lines if "loss" in line]
     if not steps or find_spec("matplotlib") is None:
         return False
@@ -34,5 +38,11 @@ def plot(lines: list[Metrics], path: Path, budget_bytes: int | None = None) -> b
     below.set_xlabel("step")
     below.set_ylabel("GiB")
     below.legend()
-    figure.savefig(path, dpi=110)
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        with writing(path.parent):
+            figure.savefig(draft, dpi=110, format="png")
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     return True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from satchel.core.disk import writing
 from satchel.model.disk import replace_text
 
 
@@ -49,7 +50,8 @@ class Receipt:
         return dataclasses.asdict(self)
 
     def write(self, folder: Path) -> Path:
-        """Write receipt.json into `folder`, whole or not at all."""
+        """Write receipt.json into `folder`, whole or not at all. Raises NoDisk."""
         path = folder / "receipt.json"
-        replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        with writing(folder):
+            replace_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from satchel.core.errors import JobError
+from satchel.core.errors import Diverged, JobError, SatchelError
 from satchel.core.job import TuneJob
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import Batch
@@ -69,7 +69,8 @@ def train(
 ) -> TrainResult:
     """Run the job to its last step, or from its last checkpoint if `job.resume`, or until ctrl-C.
 
-    Raises UserError if the output folder belongs to another job, JobError if the loss is no number or the disk is full.
+    Raises UserError if the output folder belongs to another job, Diverged if the loss is no number, NoDisk if
+    the disk is full.
     """
     return Trainer(job, assembly, dataset, report, governor or Governor()).run()
 
@@ -124,7 +125,7 @@ class Trainer:
         return every > 0 and self.progress.step % every == 0
 
     def _step(self) -> None:
-        """One optimizer step and its line of metrics. Raises JobError before the weights take in what is no number."""
+        """One optimizer step and its line of metrics. Raises Diverged before the weights take in what is no number."""
         progress, began = self.progress, time.perf_counter()
         rows = self.dataset.train.step_rows(progress.step, self.job.batch, self.job.seed, self.rows)
         lr = self.assembly.lr * self.assembly.schedule.at(progress.step, self.steps)
@@ -189,6 +190,7 @@ class Trainer:
                 fewer = self.governor.after_failure(error, self.progress.micro_batch)
                 if self._versions() != before:
                     self._fail(
+                        JobError,
                         f"step {self.progress.step + 1}: out of memory with {self.progress.micro_batch} rows at once, "
                         "and some weights had been updated",
                         f"Resume with micro_batch={fewer}",
@@ -219,15 +221,16 @@ class Trainer:
 
     def _diverged(self, what: str) -> None:
         self._fail(
+            Diverged,
             what,
             f"Try a lower lr than {self.assembly.lr:g}, a schedule with warm-up, a smaller clip, "
             f"or look into the data of that step",
         )
 
-    def _fail(self, what: str, cure: str) -> None:
+    def _fail(self, kind: type[SatchelError], what: str, cure: str) -> None:
         kept = self.checkpoints.newest() if self.checkpoints.folder.exists() else None
         where = f"the last good checkpoint is {kept.folder}" if kept else "no checkpoint was saved yet"
-        raise JobError(f"{what}; {where}. {cure}")
+        raise kind(f"{what}; {where}. {cure}")
 
     def _save(self) -> Path:
         for name, parameter in self.assembly.parameters:

@@ -33,8 +33,9 @@ from satchel.run.trainer import TrainResult, train
 def tune(job: TuneJob, report: Report = SILENT) -> Receipt:
     """Run a tune job inside its budget; adapter or model, metrics and receipt.json are in `job.out` afterwards.
 
-    Raises DoesNotFit before anything is loaded if no plan fits the budget, UserError for bad input, JobError if the run
-    itself fails; what was saved until then stays, and `resume=True` goes on from it.
+    Raises DoesNotFit before anything is loaded if no plan fits the budget, UserError for bad input, a full disk or a
+    loss that is no number, JobError if memory runs out; what was saved until then stays, and
+    `resume=True` goes on from it.
     """
     check_out(job)
     job = _as_begun(job)

@@ -9,7 +9,7 @@ from satchel.adapt._peft_config import CONFIG, WEIGHTS
 from satchel.adapt.dora import Dora
 from satchel.adapt.lora import Lora
 from satchel.adapt.rslora import RsLora
-from satchel.core.errors import JobError, ModelError, UserError
+from satchel.core.errors import ModelError, NoDisk, UserError
 from satchel.model.adapters import adapted, adapter_parameters, attach, detach
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
@@ -224,7 +224,7 @@ def test_failed_write_leaves_no_adapter(tmp_path):
     model = tiny_llama()
     attach(model, Lora(rank=2))
     (tmp_path / "file").write_text("")
-    with pytest.raises(JobError, match="could not be written"):
+    with pytest.raises(NoDisk, match="cannot be written"):
         save_peft(model, tmp_path / "file" / "adapter")
     with pytest.raises(UserError, match="no adapter 'other'"):
         save_peft(model, tmp_path, name="other")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from satchel.core.errors import JobError, ModelError
+from satchel.core.errors import JobError, ModelError, NoDisk
 from satchel.run import checkpoint
 from satchel.run.checkpoint import Checkpoints, pull_tensors, push_tensors
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_says_what_is_kept(checkpoin
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, fails_in, full)
-    with pytest.raises(JobError, match="no disk left; free some .* kept: .*step-000001"):
+    with pytest.raises(NoDisk, match="no disk left; free some .* kept: .*step-000001"):
         save(checkpoints, 2)
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["latest", "step-000001"]
 
@@ -126,7 +126,7 @@ def test_too_little_space_is_seen_before_anything_is_written(checkpoints, monkey
     usage = checkpoint.shutil.disk_usage("/")._replace(free=1 << 20)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(checkpoint, "write_safetensors", None)
-    with pytest.raises(JobError, match=r"needs 1\.00 MiB, 1\.00 MiB free"):
+    with pytest.raises(NoDisk, match=r"needs 1\.00 MiB, 1\.00 MiB free"):
         save(checkpoints, 1)
     assert list(checkpoints.folder.iterdir()) == []
 

@@ -1,10 +1,13 @@
 """Lines are whole and on the disk at once; a resumed run drops those that it is about to write again."""
 
+import errno
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from satchel.core.errors import NoDisk
 from satchel.run.metrics import MetricsLog, read_metrics
 from satchel.run.plot import plot
 
@@ -52,3 +55,27 @@ def test_the_plot_is_a_picture_and_needs_a_step(tmp_path):
     assert not plot(lines[:1], tmp_path / "none.png") and not (tmp_path / "none.png").exists()
     assert plot(lines, tmp_path / "metrics.png", budget_bytes=2 << 30)
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_as_such_and_only_once(tmp_path):
+    with pytest.raises(NoDisk, match="no disk left; free some"), MetricsLog(tmp_path) as log:
+        log._file.close()
+        log._file = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+        log.write({"step": 1, "loss": 1.0})
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is an extra")
+def test_a_picture_that_the_disk_refuses_leaves_the_old_one(tmp_path, monkeypatch):
+    def half(figure, path, **_):
+        Path(path).write_text("half")
+        raise FULL
+
+    (tmp_path / "metrics.png").write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(NoDisk):
+        plot([{"step": 1, "loss": 1.0}], tmp_path / "metrics.png")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

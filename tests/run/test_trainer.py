@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from satchel.core.errors import JobError, UserError
+from satchel.core.errors import Diverged, JobError, NoDisk, UserError
 from satchel.core.report import Report
 from satchel.run import trainer
 from satchel.run.assemble import assemble
@@ -170,14 +170,14 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_spoiled(tmp_path,
     assembly.objective = Spoiled(assembly.objective, spoil)
     step = assembly.optimizer.step
     assembly.optimizer.step = lambda closure: (step(closure), seen.append(weights(assembly)))[0]
-    with pytest.raises(JobError, match=r"step 4: loss is .*step-000002.*lower lr than 0\.01") as caught:
+    with pytest.raises(Diverged, match=r"step 4: loss is .*step-000002.*lower lr than 0\.01") as caught:
         train(job, assembly, read_dataset(job, CharTokenizer()))
-    assert caught.value.exit_code == 1 and len(seen) == 3
+    assert caught.value.exit_code == 2 and len(seen) == 3
     assert torch.equal(weights(assembly), seen[-1]) and weights(assembly).isfinite().all()
 
 
 def test_weights_that_an_update_spoiled_are_never_saved(tmp_path):
-    with pytest.raises(JobError, match="no longer finite; no checkpoint was saved yet"):
+    with pytest.raises(Diverged, match="no longer finite; no checkpoint was saved yet"):
         go(toy_job(tmp_path, lr=1e38, steps=1, schedule="constant", adapter="none", optimizer="adamw:weight_decay=1.0"))
     assert not list((tmp_path / "out").glob("checkpoints/step-*"))
 
@@ -271,7 +271,7 @@ def test_a_resume_may_save_and_evaluate_at_other_steps(tmp_path):
 def test_an_output_folder_that_is_not_empty_names_both_ways_out(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not empty; go on with its run by --resume, or name another --out"):
+    with pytest.raises(UserError, match=r"not empty; it holds no run of satchel's: name another --out"):
         go(toy_job(tmp_path))
     with pytest.raises(UserError, match="holds no run to resume; leave resume out"):
         go(toy_job(tmp_path, resume=True))
@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_after_the_first_step_not_after_the_last(tmp_path, m
     usage = checkpoint.shutil.disk_usage("/")._replace(free=1 << 20)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     report = Told()
-    with pytest.raises(JobError, match="no disk left: needs .* free"):
+    with pytest.raises(NoDisk, match="no disk left: needs .* free"):
         go(toy_job(tmp_path), report)
     assert not [line for line in report.lines if "loss" in line]
     assert not list(Path(tmp_path / "out" / "checkpoints").glob("*"))
