@@ -9,7 +9,7 @@ import typer
 import satchel
 from satchel.cli.bench import bench
 from satchel.cli.chat import chat
-from satchel.cli.console import complain, out
+from satchel.cli.console import complain, forgive_encodings, out
 from satchel.cli.doctor import doctor
 from satchel.cli.list import list_methods
 from satchel.cli.merge import merge
@@ -45,6 +45,7 @@ app.command("doctor")(doctor)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the job failed, 2 the input was wrong, 130 interrupted."""
+    forgive_encodings()
     try:
         app(args=arguments, prog_name="satchel")
     except SatchelError as fault:

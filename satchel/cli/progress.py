@@ -109,6 +109,10 @@ class PlainProgress(_Talking):
         super().__init__(console)
         self.every_s = every_s
 
+    def __enter__(self) -> PlainProgress:
+        self.note(WAITING)
+        return self
+
     def begin(self, total_steps: int) -> None:
         self.total, self.first, self.last_s = total_steps, None, float("-inf")
 

@@ -1,4 +1,7 @@
-"""Ctrl-C while a loop runs: the first asks it to stop at the next whole step, the second aborts it."""
+"""Ctrl-C while a loop runs: the first asks it to stop at the next whole step, the second aborts it.
+
+So do SIGTERM, and SIGHUP: the terminal was closed. A program that was started to outlive it (nohup) goes on.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupt:
@@ -20,7 +23,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
