@@ -98,7 +98,7 @@ def job_knobs() -> tuple[Knob, ...]:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The keys of a job file. Raises UserError if it is not there or not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as fault:
         raise UserError(
             f"{path}: cannot be read: {fault.strerror}; a job file holds lines such as model = 'demo'"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from satchel.core.errors import ModelError
+from satchel.core.errors import ModelError, nearest
 from satchel.model.config import ModelConfig
 from satchel.model.gguf import read_gguf
 from satchel.model.gguf_config import gguf_config
@@ -50,11 +50,17 @@ def find_source(name: str) -> Source:
     """Find a model by name. ModelError, naming the cure, if there is none or it cannot be read."""
     path = demo_path() if name == "demo" else Path(name).expanduser()
     if path.is_file():
+        if path.suffix in (".safetensors", ".json"):
+            raise ModelError(f"{path}: one file of a model; give the folder that holds it, {path.parent}")
         return _gguf(name, path)
     if path.is_dir():
         return _folder(name, path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
-        raise ModelError(f"no model at '{name}'; give a folder, a .gguf file, a hub id such as 'owner/name', or 'demo'")
+        hint = nearest(name, ["demo"]) if "/" not in name else ""
+        hint = f"{hint} " if hint.startswith("did") else ""
+        raise ModelError(
+            f"no model at '{name}'; {hint}give a folder, a .gguf file, a hub id such as 'owner/name', or 'demo'"
+        )
     return _folder(name, _fetch(name))
 
 

@@ -11,6 +11,7 @@ carries. A text file is one document; a long one is cut at blank lines.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,8 +83,7 @@ def find_files(source: str) -> list[Path]:
             raise UserError(f"data: {source} holds no {', '.join(SUFFIXES)} file; put the records into one of these")
         return files
     if not path.exists():
-        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else "no such folder"
-        raise UserError(f"data: {source} does not exist; {near}, or 'demo' for Python's own language reference")
+        raise UserError(f"data: {source} does not exist; {_near(path)} 'demo' is Python's own language reference")
     if path.suffix.lower() not in SUFFIXES:
         cure = "one JSON object a line in a .jsonl file" if path.suffix.lower() in (".json", ".csv", ".tsv") else ""
         raise UserError(
@@ -92,19 +92,41 @@ def find_files(source: str) -> list[Path]:
     return [path]
 
 
+def _near(path: Path) -> str:
+    """`did you mean 'notes.jsonl'?`, or nothing if no data lies there under such a name."""
+    there = path.parent.iterdir() if path.parent.is_dir() else []
+    hint = nearest(path.name, [p.name for p in there if p.is_dir() or p.suffix.lower() in SUFFIXES])
+    return hint if hint.startswith("did you mean") else "give a file or folder that does;"
+
+
 def _read_jsonl(path: Path, complain: Complain) -> Iterator[tuple[Place, Record | None]]:
     with path.open("rb") as file:
+        if fault := _not_lines(file.read(4096)):
+            complain(f"{path}: {fault}")
+            yield Place(str(path)), None
+            return
+        file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = Place(str(path), number)
                 yield place, _parse(line, place, complain)
 
 
+def _not_lines(head: bytes) -> str:
+    """What makes a file no JSON lines as a whole, told once instead of once a line; empty if nothing does."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "the file is UTF-16; save it as UTF-8"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"[") and not text.partition(b"\n")[0].rstrip().endswith(b"]"):
+        return "the file is one JSON array; write its objects one a line, without brackets around and commas between"
+    return ""
+
+
 def _parse(line: bytes, place: Place, complain: Complain) -> Record | None:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        complain(f"{place}: byte {error.start} is not UTF-8; save the file as UTF-8")
+        complain(f"{place}: byte {error.start + 1} is not UTF-8; save the file as UTF-8")
     except (json.JSONDecodeError, RecursionError) as error:
         where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         complain(f"{place}: broken JSON, {where}; write one JSON object a line")
@@ -136,6 +158,10 @@ def _read_text(path: Path, complain: Complain) -> Iterator[tuple[Place, Record |
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    complain(f"{path}:{number}: a zero byte, so this is no text; remove the file, or save it as UTF-8")
+                    yield Place(str(path)), None
+                    return
                 lines.append(line)
                 chars += len(line)
                 if chars >= DOCUMENT_CHARS and not line.strip():
@@ -165,7 +191,7 @@ def kind_of(record: Record, place: Place, complain: Complain) -> str | None:
         named = " and ".join(f"'{KINDS[kind][0]}'" for kind in kinds)
         complain(f"{place}: the record has {named}, which are two kinds of record; keep one of them")
         return None
-    problems = list(CHECKS[kinds[0]](record))
+    problems = list(CHECKS[kinds[0]](record)) or list(_check_characters(record, KINDS[kinds[0]]))
     for problem in problems:
         complain(f"{place}: {problem}")
     return None if problems else kinds[0]
@@ -232,6 +258,16 @@ def _check_string(value: Any, field: str, cure: str) -> Iterator[str]:
         yield f"{field} is {_a(value)}; write a string"
     elif not value.strip():
         yield f"{field} is empty; {cure}"
+
+
+def _check_characters(record: Record, fields: tuple[str, ...]) -> Iterator[str]:
+    r"""JSON can spell half a character, `\ud83d` alone, which is no text: no tokenizer takes it."""
+    for field in fields:
+        value = record[field]
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            yield f"field '{field}' holds half a character, {error.object[error.start]!a}; remove it or write it whole"
 
 
 CHECKS = {"text": _check_text, "completion": _check_completion, "chat": _check_chat}

@@ -64,6 +64,7 @@ def test_show_prints_each_knob_with_type_default_and_comment(satchel):
             "share of the documents held out, [0, 0.5]",
         ),
         (("bench", "tnue"), "no bench 'tnue'"),
+        (("chat", "dmeo"), "did you mean 'demo'? give a folder"),
         (("chat", "--raw"), "--prompt"),
         (("chat", "--dtype", "fp8"), "it is bf16 or fp32"),
         (("frobnicate",), "No such command"),

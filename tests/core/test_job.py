@@ -86,3 +86,8 @@ def test_every_field_has_a_comment_that_serves_as_help():
     assert list(knobs) == [f.name for f in dataclasses.fields(TuneJob)]
     assert all(knob.comment for knob in knobs.values())
     assert set(METHOD_FIELDS) < set(knobs)
+
+
+def test_a_file_saved_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "job.toml").write_bytes(b'\xef\xbb\xbfmodel = "demo"\ndata = "demo"\n')
+    assert TuneJob.from_toml(tmp_path / "job.toml") == TuneJob(model="demo", data="demo")

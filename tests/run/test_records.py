@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from satchel.core.errors import UserError
-from satchel.run.records import DOCUMENT_CHARS, kind_of, read_records
+from satchel.run.records import DOCUMENT_CHARS, find_files, kind_of, read_records
 
 
 def read(source):
@@ -118,7 +118,7 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path):
     (tmp_path / "y.txt").write_bytes(b"fine\n\xff\n")
     records, problems = read(tmp_path)
     assert len(records) == 1 and len(problems) == 2
-    assert "x.jsonl:2: byte 10 is not UTF-8" in problems[0] and "y.txt: invalid start byte" in problems[1]
+    assert "x.jsonl:2: byte 11 is not UTF-8" in problems[0] and "y.txt: invalid start byte" in problems[1]
 
 
 def test_an_empty_file_and_a_broken_parquet_are_problems(tmp_path):
@@ -142,3 +142,30 @@ def test_a_source_that_is_not_there_names_the_nearest(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no .jsonl"):
         read(tmp_path / "none")
+
+
+def test_text_that_is_no_text_is_told_once_with_its_cure(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n{"text": "b"}\n'.encode("utf-16"))
+    (tmp_path / "b.jsonl").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
+    (tmp_path / "c.txt").write_bytes(b"one\ntwo \0 three\n")
+    records, problems = read(tmp_path)
+    assert not records and len(problems) == 3
+    cures = ("save it as UTF-8", "one a line, without brackets", "c.txt:2: a zero byte")
+    assert all(cure in problem for cure, problem in zip(cures, problems, strict=True))
+
+
+def test_half_a_character_is_a_problem_of_its_record(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "bad \\ud83d"}\n')
+    (tmp_path / "y.jsonl").write_text('{"messages": [{"role": "assistant", "content": "\\udc00"}]}\n')
+    (tmp_path / "z.jsonl").write_text('{"text": "whole \\ud83d\\ude00"}\n')
+    problems = []
+    kinds = [kind_of(record, place, problems.append) for place, record in read_records(str(tmp_path), problems.append)]
+    assert kinds == [None, None, "text"] and len(problems) == 2
+    assert "field 'text' holds half a character, '\\ud83d'" in problems[0] and "'messages'" in problems[1]
+
+
+def test_only_data_is_offered_for_a_misspelt_name(tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "nots.py").write_text("")
+    with pytest.raises(UserError, match=r"did you mean 'notes\.jsonl'\? 'demo' is"):
+        find_files(str(tmp_path / "nots.jsonl"))
