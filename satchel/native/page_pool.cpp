@@ -140,11 +140,12 @@ class PagePool final : public c10::Allocator {
     if (range == MAP_FAILED) return 0;
     const Address base = reinterpret_cast<Address>(range);
     size_t filled = 0;
-    if (moves_ > kMoves) {
+    while (filled < size && !by_size_.empty()) {
+      filled += move_largest(base + filled, size - filled);
+      if (moves_ < kMoves) continue;
       moves_ = 0;
       if (mappings() > kMappings) trim_free();
     }
-    while (filled < size && !by_size_.empty()) filled += move_largest(base + filled, size - filled);
     seams_.insert(base + filled);
     seams_.insert(base + size);
     stats_.faulted += size - filled;
