@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from satchel.optim._landing import Landing, keep, low_bits
-from satchel.optim._shared import Stepper, adam_, decay_groups, store_name, zero_moments
+from satchel.optim._shared import Stepper, adam_, decay_groups, gradient, store_name, zero_moments
 
 STEPPER_KNOBS = ("beta1", "beta2", "eps", "rounding", "moments")
 
@@ -48,7 +48,7 @@ class AdamStepper(Stepper):
         unbias1, unbias2 = self.unbias(state, group)
         adam_(
             p.detach().view(-1),
-            p.grad.view(-1),
+            gradient(p).view(-1),
             self.held(state, "low"),
             store,
             group["rounding"],

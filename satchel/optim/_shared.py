@@ -292,6 +292,12 @@ def decay_groups(named_parameters: Sequence[tuple[str, nn.Parameter]], weight_de
     return [{"params": group, "weight_decay": decay} for group, decay in pairs if group]
 
 
+def gradient(p: Tensor) -> Tensor:
+    """p.grad, of a parameter that is being stepped: `Stepper` passes over those that have none."""
+    assert p.grad is not None
+    return p.grad
+
+
 class Stepper(torch.optim.Optimizer):
     """A torch optimizer that updates one parameter after the other. State: tensors, ints and strings."""
 

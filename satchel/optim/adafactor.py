@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from satchel.core.seams import Card
 from satchel.optim._landing import Landing, keep, low_bits, put_
-from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, master, widen
+from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, gradient, master, widen
 
 # B matrices of a parameter, one unless it has more than two dimensions; O rows, I columns
 
@@ -71,7 +71,7 @@ class AdafactorStepper(Stepper):
             state.update(low_bits(p, group))
         torch.ops.satchel.adafactor_(
             x_BOI,
-            p.grad.view_as(x_BOI),
+            gradient(p).view_as(x_BOI),
             state.get("row"),
             state["column"],
             state.get("low"),
@@ -112,7 +112,8 @@ def _adafactor_(
     low_BOI = None if low_N is None else low_N.view(x_BOI.shape)
     scale = _observe(x_BOI, g_BOI, low_BOI, row_BO, column_BI, mix)
     rows_BO = None if row_BO is None else row_BO / row_BO.mean(1, keepdim=True).clamp_(min=EPS)
-    square = sum(_direction(g_BOI, rows_BO, column_BI, part).square_().sum() for part in _parts(x_BOI))
+    squares = (_direction(g_BOI, rows_BO, column_BI, part).square_().sum() for part in _parts(x_BOI))
+    square = sum(squares, torch.zeros((), device=x_BOI.device))
     step = -size / ((square / x_BOI.numel()).sqrt_() / clip).clamp_(min=1)
     step = step * scale.clamp_(min=LEAST_SCALE) if relative else step
     start = 0

@@ -24,6 +24,7 @@ from satchel.core.seams import Card
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import is_tall, lower, row_parts
+from satchel.optim._shared import gradient
 
 # O outputs and I inputs of a matrix, R rank
 
@@ -73,19 +74,20 @@ class ApolloStepper(ProjectedStepper):
         """One step on one matrix, in place."""
         if self.due(state, group):
             state["basis_seed"] = seed
-        low = lower(p.grad, random_basis(p, group["rank"], state["basis_seed"]))
+        low = lower(gradient(p), random_basis(p, group["rank"], state["basis_seed"]))
         self.start(p, state, group, low.numel())
         direction = self.adam_of(low, p, state, group, group["eps"], -1.0, seed)
         factor = scaling(direction, low.float(), group["granularity"])
-        factor = factor * self.limit(p.grad, factor, state)
+        factor = factor * self.limit(gradient(p), factor, state)
         unbias1, unbias2 = self.unbias(state, group)
         factor.mul_(-keep(group) * group["lr"] * group["scale"] ** 0.5 * unbias2 / unbias1)  # W decays after it moved
-        move_rows(p, state, group, seed, lambda part: scaled(p.grad, factor, part))
+        move_rows(p, state, group, seed, lambda part: scaled(gradient(p), factor, part))
 
     @staticmethod
     def limit(g_OI: Tensor, factor: Tensor, state: dict[str, Any]) -> Tensor:
         """What keeps the norm of the scaled gradient from growing by more than a hundredth; remembers the norm."""
-        norm = sum(scaled(g_OI, factor, part).square_().sum() for part in row_parts(g_OI.shape)).sqrt().view(1)
+        zero = torch.zeros((), device=g_OI.device)
+        norm = sum((scaled(g_OI, factor, part).square_().sum() for part in row_parts(g_OI.shape)), zero).sqrt().view(1)
         growth = norm / (state["norm"] + TINY) if "norm" in state else torch.ones_like(norm)
         limit = GROWTH / growth.clamp_(min=GROWTH)
         state["norm"] = norm * limit

@@ -26,6 +26,7 @@ from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised
+from satchel.optim._shared import gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,9 @@ class GaLoreStepper(ProjectedStepper):
         """One step on one matrix, in place."""
         tall = is_tall(p)
         if self.due(state, group):
-            state["basis"] = find_basis(p.grad, group["rank"], group["subspace"], seed)
+            state["basis"] = find_basis(gradient(p), group["rank"], group["subspace"], seed)
         basis = state["basis"]
-        step = self.low_step(lower(p.grad, basis), p, state, group, seed).to(p.dtype)
+        step = self.low_step(lower(gradient(p), basis), p, state, group, seed).to(p.dtype)
         move_rows(p, state, group, seed, lambda part: raised(step, basis, tall, part))
 
     def low_step(self, low: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> Tensor:

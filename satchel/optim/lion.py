@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from satchel.core.seams import Card
 from satchel.optim._landing import Landing, keep, keep_average_, low_bits, put_
-from satchel.optim._shared import STORES, Stepper, decay_groups, few_barriers, master, slices, store_name, widen
+from satchel.optim._shared import (
+    STORES,
+    Stepper,
+    decay_groups,
+    few_barriers,
+    gradient,
+    master,
+    slices,
+    store_name,
+    widen,
+)
 
 # N elements of a flattened parameter
 
@@ -68,7 +78,7 @@ class LionStepper(Stepper):
             state.update({f"exp_avg{part}": tensor for part, tensor in moment.items()}, **low_bits(p, group))
         torch.ops.satchel.lion_(
             p.detach().view(-1),
-            p.grad.view(-1),
+            gradient(p).view(-1),
             [state[name] for name in ("exp_avg", "exp_avg_scale") if name in state],
             state.get("low"),
             store,

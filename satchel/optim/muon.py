@@ -23,7 +23,7 @@ from torch import Tensor
 from satchel.core.seams import Card
 from satchel.optim._landing import keep_average_, low_bits
 from satchel.optim._projected import Projected, ProjectedStepper, move_rows
-from satchel.optim._shared import STORES, few_barriers, slices, store_name, widen
+from satchel.optim._shared import STORES, few_barriers, gradient, slices, store_name, widen
 
 # N elements of a flattened matrix; O outputs, I inputs
 
@@ -76,7 +76,7 @@ class MuonStepper(ProjectedStepper):
         held = [state[name] for name in ("momentum", "momentum_scale") if name in state]
         u_OI = torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
         mix = group["momentum"]
-        torch.ops.satchel.momentum_(u_OI.view(-1), p.grad.view(-1), held, store, mix, group["nesterov"], seed)
+        torch.ops.satchel.momentum_(u_OI.view(-1), gradient(p).view(-1), held, store, mix, group["nesterov"], seed)
         u_OI, size = orthogonal(u_OI), group["lr"] * shape_scale(p.shape, group["scaled"])
         move_rows(p, state, group, seed, lambda part: u_OI[part].float().mul_(-size))
 

@@ -32,7 +32,8 @@ def take_step(closure: StepLoss, lr: float) -> Metrics:
     for group in optimizer.param_groups:
         group["lr"] = lr
     try:
-        loss = optimizer.step(closure)
+        # torch's stub would have it give a float; optimizers pass on whatever it gives.
+        loss = optimizer.step(closure)  # pyright: ignore[reportCallIssue, reportArgumentType]
     finally:
         optimizer.zero_grad(set_to_none=True)
     return closure.metrics | {"loss": loss}
