@@ -72,6 +72,24 @@ def test_only_the_projected_matrices_move_otherwise_than_under_galore():
     assert same == set(results[0]) - {WIDE, TALL}
 
 
+def test_updates_within_the_backward_pass_are_the_same():
+    results = []
+    for layerwise in (False, True):
+        named = common.parameters()
+        optimizer = NaturalGaLore(**SMALL, layerwise=layerwise).build(named, common.LR, 0)
+
+        def closure(named=named):
+            loss = sum((p - 0.1).square().sum() for _, p in named)
+            loss.backward()
+            return loss
+
+        for _ in range(6):
+            optimizer.zero_grad()
+            optimizer.step(closure)
+        results.append([p.detach() for _, p in named])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounding", "moments"),
     list(itertools.product((torch.float32, torch.bfloat16), ("stochastic", "fp32"), ("follow", "8bit"))),
