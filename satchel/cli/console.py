@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -48,12 +48,16 @@ class Patient:
 def forgive_encodings() -> None:
     """Print `?` in place of a character that the terminal's encoding lacks, and read any bytes, rather than fail."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
 
 
-out = Console(file=Patient("stdout"), width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-err = Console(file=Patient("stderr"), width=None if sys.stderr.isatty() else PIPED_WIDTH, highlight=False)
+out = Console(
+    file=cast(IO[str], Patient("stdout")), width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False
+)
+err = Console(
+    file=cast(IO[str], Patient("stderr")), width=None if sys.stderr.isatty() else PIPED_WIDTH, highlight=False
+)
 
 
 def complain(message: str) -> None:

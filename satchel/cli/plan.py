@@ -102,7 +102,7 @@ def _verdict(plan: Plan) -> Text:
     if plan.chosen.seconds:
         parts = sorted(plan.chosen.seconds.items(), key=lambda part: -part[1])
         verdict += " Time: " + ", ".join(f"{format_seconds(s)} {name}" for name, s in parts if s >= SHOWN_SECONDS) + "."
-    if plan.smallest:
+    if plan.smallest and plan.smallest_bytes:
         how = f", with {', '.join(plan.smallest.changes)}" if plan.smallest.changes else ""
         verdict += f"\nThe smallest budget that would do is {format_bytes(plan.smallest_bytes)}{how}."
     return Text(verdict)

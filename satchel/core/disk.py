@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ WAY_OUT = "free some or choose another folder"
 
 
 @contextmanager
-def writing(folder: Path, kept: str = "") -> Iterator[None]:
+def writing(folder: Path, kept: str = "") -> Generator[None, None, None]:
     """Raises NoDisk in place of an OSError of the block; `kept` is what the user still has."""
     try:
         yield

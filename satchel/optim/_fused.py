@@ -17,7 +17,7 @@ from torch import Tensor
 
 from satchel.core.errors import UserError
 from satchel.core.seams import Closure
-from satchel.optim._shared import Stepper
+from satchel.optim._shared import Stepper, gradient
 
 
 class PlainClosure(Closure):
@@ -48,7 +48,7 @@ class FusedStepper(Stepper):
 
         def update(number: int, group: dict[str, Any], p: Tensor) -> None:
             if factor is not None:
-                p.grad.mul_(factor)
+                gradient(p).mul_(factor)
             self.update_one(number, group, p)
             p.grad = None
 

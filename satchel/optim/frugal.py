@@ -25,7 +25,7 @@ from satchel.core.seams import Card
 from satchel.optim._adam import AdamStepper
 from satchel.optim._landing import low_bits
 from satchel.optim._projected import Projected, ProjectedStepper, move_rows
-from satchel.optim._shared import store_name, zero_moments
+from satchel.optim._shared import gradient, store_name, zero_moments
 
 # O outputs and I inputs of a matrix, C columns with state
 
@@ -79,11 +79,11 @@ class FrugalStepper(ProjectedStepper):
         if self.due(state, group):
             state.update(zero_moments(store_name(group["moments"], p), p.shape[0] * count, p.device), columns_seed=seed)
         columns_C = draw_columns(p.shape[1], count, state["columns_seed"], p.device)
-        step_OC = self.active_step(p.grad.index_select(1, columns_C), p, state, group, seed)
+        step_OC = self.active_step(gradient(p).index_select(1, columns_C), p, state, group, seed)
         size = group["lr"] * group["rest"]
 
         def step_of(part: slice) -> Tensor:
-            rest = p.grad[part].sign() if group["rule"] == "sign" else p.grad[part]
+            rest = gradient(p)[part].sign() if group["rule"] == "sign" else gradient(p)[part]
             return rest.to(torch.float32, copy=True).mul_(-size).index_copy_(1, columns_C, step_OC[part])
 
         move_rows(p, state, group, seed, step_of)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from satchel.core.seams import Card
 from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import Landing, keep, low_bits
-from satchel.optim._shared import Stepper, decay_groups, move_, slices
+from satchel.optim._shared import Stepper, decay_groups, gradient, move_, slices
 from satchel.optim.adafactor import AdafactorStepper
 
 SCALE = {"sgd": 300.0, "ada": 10.0}
@@ -67,7 +67,7 @@ class LomoStepper(FusedStepper, Stepper):
         """One step of gradient descent on one parameter, in place."""
         if state["step"] == 1:
             state.update(low_bits(p, group))
-        flat, g, low, size = p.detach().view(-1), p.grad.view(-1), state.get("low"), group["lr"] * group["scale"]
+        flat, g, low, size = p.detach().view(-1), gradient(p).view(-1), state.get("low"), group["lr"] * group["scale"]
         for number, cut in enumerate(slices(p.numel(), p.device)):
             step = g[cut].float() * -size
             move_(flat[cut], step, None if low is None else low[cut], group["rounding"], keep(group), seed + number)

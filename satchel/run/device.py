@@ -134,7 +134,7 @@ def measure(kind: str) -> Device:
     """Measure a device, now; about half a minute."""
     cuda = kind == "cuda"
     install_pool() if not cuda else None
-    steps = [_time_step(job, config, kind, 4) for job, config in references()]
+    steps = [found for job, config in references() if (found := _time_step(job, config, kind, 4))]
     others = [_time_step(job, config, kind, 1) for job, config in methods()]
     bare = Device(
         kind=kind,
@@ -231,7 +231,7 @@ def _seconds(call: Callable[[], object], kind: str) -> float:
 
 def _curves(steps: Iterable[Timed]) -> dict[str, Curve]:
     """For each kind of work the median seconds of a call, at each size that occurred."""
-    samples: dict[str, dict[int, list[float]]] = {ANY: {}}
+    samples: dict[str, dict[int, list[tuple[int, float]]]] = {ANY: {}}
     for item, found in chain.from_iterable(step.calls.items() for step in steps):
         kinds = (item.kind,) if item.flops else (item.kind, ANY)
         for kind in kinds:

@@ -79,7 +79,7 @@ class Rows:
     def sample(self, count: int, seed: int) -> Rows:
         """`count` of the rows, drawn at random, in their order: packing puts the longest documents first."""
         rows = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        pieces = [np.arange(self.bounds_R1[row], self.bounds_R1[row + 1]) for row in rows]
+        pieces = [np.arange(int(self.bounds_R1[row]), int(self.bounds_R1[row + 1])) for row in rows]
         order = np.concatenate([*pieces, np.zeros(0, dtype=np.int64)])
         bounds = np.concatenate([[0], np.cumsum([len(each) for each in pieces])]).astype(np.int64)
         return Rows(self.corpus, self.starts_P[order], self.lengths_P[order], bounds)

@@ -15,7 +15,7 @@ from satchel.core.job import TuneJob
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.linear import linears, swap
+from satchel.model.linear import dense_OI, linears, swap
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.step import mean_loss, train_step
 
@@ -45,7 +45,7 @@ def real(job: TuneJob, config: ModelConfig, device: str, lengths: tuple[int, ...
     decoder.init_weights(torch.Generator(device).manual_seed(0))
     if storage := make("format", job.format):
         for path, module in linears(decoder).items():
-            swap(decoder, path, storage.pack(module.weight.detach()))
+            swap(decoder, path, storage.pack(dense_OI(module)))
     rng = torch.Generator().manual_seed(0)
     row = torch.randint(0, config.vocab, (1, sum(lengths)), generator=rng)
     return assemble(job, decoder), Batch(row, row.roll(-1), lengths, row.numel()).to(device)
