@@ -26,15 +26,14 @@ class Witness(Report):
 
     def plan(self, plan: Plan) -> None:
         """Called right before the job begins, or is refused."""
-        own = [rung for rung in plan.rungs if not rung.advice]
-        least = min(own, key=lambda rung: rung.peak_bytes)
-        rung = plan.chosen or least
+        rung = plan.chosen or plan.smallest
+        assert rung is not None, "a plan that refuses knows the smallest way"
         self.said = {
             "accepted": plan.chosen is not None,
             "changes": list(rung.changes),
             "predicted_bytes": rung.peak_bytes,
             "planning_peak_bytes": peak_resident_bytes(),
-            "least": least.job.to_dict(),
+            "least": rung.job.to_dict(),
         }
         print(json.dumps(self.said), flush=True)  # so that a job that is killed later is known as accepted
 

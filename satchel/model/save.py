@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from satchel.core.disk import require_room, writing
 from satchel.core.errors import ModelError
-from satchel.core.units import format_bytes
 from satchel.model.adapters import Adapted
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
@@ -104,30 +104,26 @@ def _tensor(decoder: Decoder, name: str) -> Tensor:
 def new_folder(folder: Path, nbytes: int) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    ModelError if `folder` exists and is not empty, or the disk lacks room for `nbytes`, before or while writing.
+    ModelError if `folder` exists and is not empty; NoDisk if the disk lacks room for `nbytes`, before or while writing,
+    or refuses. What a killed process left of the same folder is swept.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} exists and is not empty; give another folder, or remove this one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < nbytes + SPARE_BYTES:
-        raise ModelError(
-            f"{folder}: needs {format_bytes(nbytes + SPARE_BYTES)} of disk, {format_bytes(free)} are free; make room, "
-            "or give a folder on another disk"
-        )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        os.replace(partial, folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise ModelError(f"{folder} could not be written ({error.strerror}); nothing was left behind") from error
-    finally:
+    with writing(folder, "; nothing was left behind"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        require_room(folder.parent, nbytes + SPARE_BYTES)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            os.replace(partial, folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -> None:

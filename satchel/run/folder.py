@@ -41,6 +41,13 @@ def begun_with(out: str | Path) -> TuneJob | None:
         raise UserError(f"{path}: cannot be read ({error}); start again with another out") from None
 
 
+def require_same(job: TuneJob, before: TuneJob) -> None:
+    """Raises UserError, naming the field, unless a resumed job computes what the run was begun with."""
+    for name, value in job.to_dict().items():
+        if name not in FREE and getattr(before, name) != value:
+            raise UserError(f"resume: {name} was {getattr(before, name)!r} and is {value!r}; {_way_out(job.out)}")
+
+
 def claim(job: TuneJob, data: str, model: str) -> None:
     """Take the folder for a new run, or check that a resumed one is the same job on the same data and model.
 
@@ -55,9 +62,7 @@ def claim(job: TuneJob, data: str, model: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(mine, indent=1))
         return
-    for name, value in mine["job"].items():
-        if name not in FREE and getattr(before, name) != value:
-            raise UserError(f"resume: {name} was {getattr(before, name)!r} and is {value!r}; {_way_out(job.out)}")
+    require_same(job, before)
     held = json.loads(path.read_text())
     for name in ("data", "model"):
         if held[name] != mine[name]:

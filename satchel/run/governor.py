@@ -80,7 +80,7 @@ class Governor:
 
     def after_failure(self, error: Exception, rows: int) -> int:
         """Fewer rows at once than the `rows` that failed. Raises `error` itself if memory was not its cause."""
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and OVER_BUDGET not in str(error):
+        if not ran_out(error):
             raise error
         if rows == 1:
             budget = f" of {format_bytes(self.budget_bytes)}" if self.budget_bytes else ""
@@ -101,3 +101,8 @@ class Governor:
         if self.pool and self.budget_bytes:
             outside = resident_bytes() - self.pool.resident_bytes
             self.pool.limit(max(self.budget_bytes - outside, 1))
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory, or the budget of it, was the cause."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or OVER_BUDGET in str(error)

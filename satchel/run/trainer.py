@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from satchel.run.assemble import Assembly
 from satchel.run.checkpoint import KEPT, Checkpoints, pull_tensors, push_tensors
 from satchel.run.data import Dataset
 from satchel.run.folder import claim, fingerprint
-from satchel.run.governor import Governor
+from satchel.run.governor import Governor, ran_out
 from satchel.run.interrupt import Interrupt
 from satchel.run.metrics import FILE, MetricsLog, read_metrics
 from satchel.run.plot import plot
@@ -89,9 +89,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """See `train`."""
         claim(self.job, self.dataset.fingerprint(), fingerprint(self.assembly.model))
-        if self.job.resume:
-            self._restore()
-        else:
+        restored = self._restore() if self.job.resume else None
+        if not self.job.resume:
             for text in self.dataset.notes:
                 self.report.note(text)
         self.report.begin(self.steps)
@@ -100,14 +99,14 @@ class Trainer:
             Interrupt(self.report.note) as interrupt,
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
         ):
-            path = self._loop(interrupt)
+            path = self._loop(interrupt, restored)
         self.governor.relax()
         plot(read_metrics(self.out / FILE), self.out / "metrics.png")
         return TrainResult(self.progress, self.steps, path)
 
-    def _loop(self, interrupt: Interrupt) -> Path:
-        """All steps that are left; the path of the last checkpoint."""
-        progress, path = self.progress, None
+    def _loop(self, interrupt: Interrupt, path: Path | None) -> Path:
+        """All steps that are left, from the checkpoint at `path`; the path of the last checkpoint."""
+        progress = self.progress
         if progress.step == 0:
             self._evaluate()
         while progress.step < self.steps and not interrupt.asked:
@@ -141,7 +140,7 @@ class Trainer:
             return batches
 
         closure = StepLoss(self.assembly, micro_batches, self._in_memory, self._require_finite)
-        metrics = {name: float(value) for name, value in take_step(closure, lr).items()}
+        metrics = {name: float(value) for name, value in self._whole(lambda: take_step(closure, lr)).items()}
         if progress.step == 0:
             self.checkpoints.require_space(self._state()[1], copies=KEPT + 1)  # a late failure would cost the run
         seconds = time.perf_counter() - began
@@ -199,6 +198,16 @@ class Trainer:
             self.report.note(f"out of memory with {self.progress.micro_batch} rows at once; going on with {fewer}")
             self.progress.micro_batch = fewer
 
+    def _whole(self, step: Callable[[], T]) -> T:
+        """The result of `step`. Raises JobError if memory ran out in its update, half of which may have been made."""
+        try:
+            return step()
+        except Exception as error:
+            if isinstance(error, SatchelError) or not ran_out(error):
+                raise
+            what = f"step {self.progress.step + 1}: out of memory while the weights were updated"
+            self._fail(JobError, what, "Raise memory, or take an optimizer of less state: `satchel list optimizer`")
+
     def _versions(self) -> list[int]:
         """A number for each parameter that rises whenever it is written to."""
         return [parameter._version for _, parameter in self.assembly.parameters]
@@ -227,7 +236,7 @@ class Trainer:
             f"or look into the data of that step",
         )
 
-    def _fail(self, kind: type[SatchelError], what: str, cure: str) -> None:
+    def _fail(self, kind: type[SatchelError], what: str, cure: str) -> NoReturn:
         kept = self.checkpoints.newest() if self.checkpoints.folder.exists() else None
         where = f"the last good checkpoint is {kept.folder}" if kept else "no checkpoint was saved yet"
         raise kind(f"{what}; {where}. {cure}")
@@ -246,14 +255,16 @@ class Trainer:
         state = {"progress": asdict(self.progress), "optimizer": optimizer}
         return state, {"parameters": dict(self.assembly.parameters), "optimizer": moments}
 
-    def _restore(self) -> None:
+    def _restore(self) -> Path | None:
+        """Go on from the newest checkpoint, whose folder it returns; None if there is none."""
         saved = self.checkpoints.newest()
         if saved is None:
             self.report.note("no checkpoint had been saved: starting from step 0")
-            return
+            return None
         saved.read_into("parameters", dict(self.assembly.parameters))
         self.assembly.optimizer.load_state_dict(push_tensors(saved.state["optimizer"], saved.read("optimizer")))
         rows_at_once = self.progress.micro_batch  # what fits now may be less than what fitted then
         self.progress = Progress(**saved.state["progress"])
         self.progress.micro_batch = min(self.progress.micro_batch, rows_at_once)
         self.report.note(f"going on from step {self.progress.step} of {self.steps}")
+        return saved.folder

@@ -19,7 +19,7 @@ from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.data import read_dataset
 from satchel.run.device import resolve
 from satchel.run.export import export
-from satchel.run.folder import begun_with, check_out
+from satchel.run.folder import begun_with, check_out, require_same
 from satchel.run.governor import Governor
 from satchel.run.memory import install_pool
 from satchel.run.metrics import FILE, read_metrics
@@ -77,12 +77,17 @@ def fullest_row(rows: Rows) -> tuple[int, ...]:
 
 
 def _as_begun(job: TuneJob) -> TuneJob:
-    """A resumed job takes from the run that it goes on with what the planner chose then."""
+    """A resumed job takes from the run that it goes on with what the planner chose then.
+
+    Raises UserError if it is another job.
+    """
     before = begun_with(job.out) if job.resume else None
     if before is None:
         return job
     chosen = {slot: getattr(before, slot) for slot in SLOTS if getattr(job, slot) == DEFAULTS[slot]}
-    return dataclasses.replace(job, **chosen)
+    job = dataclasses.replace(job, **chosen)
+    require_same(job, before)
+    return job
 
 
 def _accounts(assembly: Assembly) -> dict[str, int]:

@@ -10,7 +10,7 @@ import transformers
 
 from satchel.adapt.lora import Lora
 from satchel.compress.int8 import Int8
-from satchel.core.errors import ModelError
+from satchel.core.errors import ModelError, NoDisk
 from satchel.model import save as saving
 from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
@@ -79,7 +79,7 @@ def test_an_empty_folder_is_filled(small, tmp_path):
 
 def test_too_little_disk_is_refused_before_anything_is_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(ModelError, match=r"needs .*MiB of disk, 1000 B are free"):
+    with pytest.raises(NoDisk, match=r"no disk left: needs .*MiB, 1000 B free"):
         save(small, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
@@ -90,9 +90,22 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(small, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saving, "write_safetensors", full)
-    with pytest.raises(ModelError, match="No space left on device"):
+    with pytest.raises(NoDisk, match="ours: no disk left; .*nothing was left behind"):
         save(small, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_a_killed_save_left_is_swept(small, tmp_path):
+    (tmp_path / ".ours.partial").mkdir()
+    (tmp_path / ".ours.partial/model.safetensors").write_bytes(b"half of it")
+    save(small, tmp_path / "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+def test_a_folder_that_may_not_be_written_is_told_without_a_traceback(small, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NoDisk, match="cannot be written"):
+        save(small, tmp_path / "file" / "ours")
 
 
 def test_adapters_must_be_merged_first(small, tmp_path):

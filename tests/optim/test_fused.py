@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from satchel.core.errors import JobError, UserError
+from satchel.core.errors import Diverged, UserError
 from satchel.core.job import TuneJob
 from satchel.model.config import ModelConfig
 from satchel.optim._fused import FusedStepper
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number_changes_no_weight(tmp_path):
             return loss * math.nan, parts
 
     assembly.objective = Spoiled()
-    with pytest.raises(JobError, match="step 1: loss is nan"):
+    with pytest.raises(Diverged, match="step 1: loss is nan"):
         train(job, assembly, read_dataset(job, CharTokenizer()))
     assert all(torch.equal(p, b) for (_, p), b in zip(assembly.parameters, before, strict=True))
 

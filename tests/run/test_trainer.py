@@ -153,8 +153,11 @@ def test_a_second_ctrl_c_aborts(tmp_path):
 def test_a_finished_run_resumed_changes_nothing(tmp_path):
     _, assembly = go(toy_job(tmp_path))
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    saved = max((tmp_path / "out/checkpoints").glob("step-*"))
+    written = (saved / "manifest.json").stat().st_mtime_ns
     result, again = go(toy_job(tmp_path, resume=True))
     assert not result.stopped and torch.equal(weights(assembly), weights(again))
+    assert result.checkpoint == saved and (saved / "manifest.json").stat().st_mtime_ns == written
     assert read_metrics(tmp_path / "out" / "metrics.jsonl") == lines
 
 
@@ -218,6 +221,20 @@ def test_memory_that_runs_out_between_updates_ends_the_run_and_names_the_checkpo
     last.register_post_accumulate_grad_hook(update)
     first.register_post_accumulate_grad_hook(fail)
     with pytest.raises(JobError, match=r"step 3: out of memory with 6 rows .*step-000002.*Resume with micro_batch=3"):
+        train(job, assembly, read_dataset(job, CharTokenizer()))
+
+
+def test_memory_that_runs_out_in_the_update_ends_the_run_and_names_the_checkpoint(tmp_path):
+    job, steps = toy_job(tmp_path, save_every=2), []
+    assembly = assemble(job, toy_decoder())
+
+    def fail(*_):
+        steps.append(None)
+        if len(steps) == 4:
+            raise RuntimeError("satchel memory budget: 3 GiB asked, 2 GiB left")
+
+    assembly.optimizer.register_step_post_hook(fail)
+    with pytest.raises(JobError, match=r"step 4: out of memory while .* updated; .*step-000002.*Raise memory"):
         train(job, assembly, read_dataset(job, CharTokenizer()))
 
 
