@@ -57,8 +57,8 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     if single.exists():
         return read_safetensors(single)
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    why = f" ({others[0]} is a pickle, which may run code: convert it to safetensors)" if others else ""
-    raise ModelError(f"{folder}: no weights: neither model.safetensors nor its index{why}")
+    why = f" ({others[0]} is a pickle, which may run code)" if others else ""
+    raise ModelError(f"{folder}: no weights: neither model.safetensors nor its index{why}; fetch the whole folder, as safetensors")
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:

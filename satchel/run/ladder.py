@@ -4,8 +4,9 @@
 2. Exact methods that save an account of the peak, in slots that the user left at their default; the quickest that
    fits.
 3. On top of the lightest of these, approximate methods in the order of the held-out loss that the tune bench measured;
-   those it has not measured come behind, the one that changes the peak least first. Until one fits, the lightest stays
-   and the next slot is filled. If nothing fits, the same again with dials at their cheap end.
+   those it has not measured come behind, the one that changes the peak least first. One that could not fit if it saved
+   all of what it is there to save is not tried. Until one fits, the lightest stays and the next slot is filled. If
+   nothing fits, the same again with dials at their cheap end.
 4. What was found is improved slot by slot: a change that is not needed after all goes, a method of better measured
    quality comes in its place, and dials are turned, by bisection, to the most neutral value that fits.
 
@@ -17,16 +18,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf, sqrt
+from math import inf, prod, sqrt
 
 from satchel.core import book
 from satchel.core.book import Entry
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
-from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
+from satchel.run.rung import DEFAULTS, MARGIN, SLOTS, Pricing, Rung, changed_slots
 
 WORTH = 0.05  # a method is tried if it saves an account that makes at least this share of the peak
 TURNS = 4  # rehearsals to turn one dial
+LIGHT = 3  # methods that are rehearsed to find the lightest: those that took the least memory in the tune bench
 
 
 @dataclass
@@ -51,9 +53,9 @@ class Ladder:
         for cheap in (False, True):
             base = exact
             while options := self._options(base, "approx", cheap=cheap):
-                if found := next(filter(None, map(self._fit, options)), None):
+                if found := next(filter(None, map(self._fit, self._hopeful(base, options))), None):
                     return self._noted(self._improved(found))
-                if (lighter := self._lightest([base, *options])) == base:
+                if (lighter := self._lightest([base, *self._light(options)])) == base:
                     break
                 base = lighter
         return None
@@ -63,7 +65,7 @@ class Ladder:
         job = self.job
         for fidelity in ("exact", "approx"):
             while options := self._options(job, fidelity, cheap=True):
-                lighter = self._lightest([job, *options])
+                lighter = self._lightest([job, *self._light(options)])
                 if lighter == job:
                     break
                 job = lighter
@@ -118,6 +120,25 @@ class Ladder:
                 found += self._spelled(job, entry, cheap)
         return [changed for _, changed in sorted(found, key=lambda item: item[0])]
 
+    def _hopeful(self, job: TuneJob, options: list[TuneJob]) -> Iterator[TuneJob]:
+        """The options that would fit if the method that they add saved all of every account that it saves."""
+        rung = self._single(job)
+        for option in options:
+            (slot,) = (slot for slot in SLOTS if getattr(option, slot) != getattr(job, slot))
+            saved = sum(rung.accounts.get(account, 0) for account in _entry(option, slot).card.saves)
+            if rung.needs_bytes - (1 + MARGIN) * saved <= self.pricing.budget:
+                yield option
+
+    def _light(self, options: list[TuneJob]) -> list[TuneJob]:
+        """The options among which the lightest is looked for: those rehearsed before, and a few that measured light."""
+
+        def memory(job: TuneJob) -> float:
+            found = [self.pricing.measured.get((slot, getattr(job, slot).partition(":")[0])) for slot in SLOTS]
+            return prod(each.memory for each in found if each)
+
+        fresh = [job for job in options if self._rows(job, 1) not in self.known]
+        return [job for job in options if job not in fresh] + sorted(fresh, key=memory)[:LIGHT]
+
     def _spelled(self, job: TuneJob, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, TuneJob]]:
         """A method at its defaults and, if `cheap`, with its dial at that end, each with its place in the order."""
         texts = [entry.name]
@@ -125,11 +146,12 @@ class Ladder:
             texts.append(_spell(entry, entry.card.dial[1]))
         for number, text in enumerate(texts):
             changed = dataclasses.replace(job, **{entry.slot: text})
-            ratio = self.pricing.ratio(entry.slot, text)
-            if ratio is not None and entry.card.fidelity == "approx":  # rehearsed when its turn comes
-                yield (number, ratio, self.pricing.measured[entry.slot, entry.name].cpu), changed
+            found = self.pricing.measured.get((entry.slot, entry.name))
+            if found and entry.card.fidelity == "approx":  # rehearsed when its turn comes
+                yield (number, found.loss, found.cpu), changed
             elif rung := self._at(self._rows(changed, 1)):
-                yield (number, *((inf, -rung.peak_bytes) if ratio is None else (ratio, rung.seconds_per_step))), changed
+                exact = entry.card.fidelity == "exact"
+                yield (number, *((1.0, rung.seconds_per_step) if exact else (inf, -rung.peak_bytes))), changed
 
     def _improved(self, rung: Rung) -> Rung:
         """The rung with each changed slot as near to the given job as the budget allows: first what costs quality."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from satchel.core import book
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
-from satchel.run.ladder import TURNS, Ladder, bisect
+from satchel.run.ladder import LIGHT, TURNS, Ladder, bisect
 from satchel.run.measured import Measured
 from satchel.run.rung import Extent, Pricing, Rung
 
@@ -151,3 +151,22 @@ def test_a_dial_ends_on_a_value_that_was_seen_to_fit(start, limit, ranks):
 
     assert seen[bisect(fits, start, high)] and len(seen) <= TURNS + 1
     assert bisect(lambda _: True, start, high) == high
+
+
+OPTIMIZERS = {("optimizer", entry.name): 1.01 for entry in book.entries() if entry.slot == "optimizer"}
+
+
+def test_what_could_not_fit_if_it_saved_all_it_can_is_not_tried():
+    """110 MB of weights and gradients: no optimizer fits 90 MB. Three are rehearsed all the same, for the smallest."""
+    chosen, ladder = climb(90, OPTIMIZERS)
+    tried = {job.optimizer for job in ladder.known} - {"adamw"}
+    assert chosen is None and len(tried) <= LIGHT
+    assert all(rung.job.optimizer == "adamw" for rung in ladder.rungs)
+
+
+def test_the_lightest_is_looked_for_among_those_that_measured_light():
+    job = TuneJob(model="demo", data="demo", batch=4, adapter="none")
+    found = {key: Measured(1.01, 1.0, 0.3 if key[1] == "adamw8bit" else 0.9, 6) for key in OPTIMIZERS}
+    ladder = Ladder(job, Formula(job, None, None, 90 * MB, Extent(), found))
+    assert ladder.smallest().job.optimizer == "adamw8bit"
+    assert len({job.optimizer for job in ladder.known} - {"adamw"}) <= LIGHT
