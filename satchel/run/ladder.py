@@ -136,8 +136,8 @@ class Ladder:
             found = [self.pricing.measured.get((slot, getattr(job, slot).partition(":")[0])) for slot in SLOTS]
             return prod(each.memory for each in found if each)
 
-        fresh = [job for job in options if self._rows(job, 1) not in self.known]
-        return [job for job in options if job not in fresh] + sorted(fresh, key=memory)[:LIGHT]
+        light = sorted(options, key=memory)[:LIGHT]
+        return [job for job in options if job in light or self._rows(job, 1) in self.known]
 
     def _spelled(self, job: TuneJob, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, TuneJob]]:
         """A method at its defaults and, if `cheap`, with its dial at that end, each with its place in the order."""
