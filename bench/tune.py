@@ -92,6 +92,12 @@ SLOTS = (
         PEER_FULL | {"optimizer": "adamw8bit"},
         "bitsandbytes AdamW8bit",
     ),
+    Pair(
+        "full tuning, bf16, 8-bit moments, selective",
+        FULL | {"optimizer": "adamw8bit", "activations": "selective"},
+        PEER_FULL,
+        f"{WITH_TORCH}, bf16",
+    ),
     Pair("rsLoRA r=8", LORA | {"adapter": "rslora:rank=8,alpha=16"}, PEFT | {"adapter": "rslora"}, WITH_PEFT),
     Pair("DoRA r=8", LORA | {"adapter": "dora:rank=8,alpha=16"}, PEFT | {"adapter": "dora"}, WITH_PEFT),
     Pair("LoRA on int8", LORA | {"format": "int8"}, PEFT | {"quantized": "int8"}, "PEFT on bitsandbytes int8"),
