@@ -87,6 +87,12 @@ SLOTS = (
     Pair("full tuning, fp32", FULL | {"dtype": "fp32"}, PEER_FULL | {"dtype": "fp32"}, f"{WITH_TORCH}, fp32"),
     Pair("GaLore r=128, bf16", GALORE, {"lr": 1e-3, "optimizer": "galore"}, "galore-torch"),
     Pair(
+        "GaLore r=128, bf16, 8-bit moments, selective",
+        GALORE | {"optimizer": GALORE["optimizer"] + ",moments=8bit", "activations": "selective"},
+        {"lr": 1e-3, "optimizer": "galore"},
+        "galore-torch",
+    ),
+    Pair(
         "AdamW 8 bit, bf16",
         FULL | {"optimizer": "adamw8bit"},
         PEER_FULL | {"optimizer": "adamw8bit"},

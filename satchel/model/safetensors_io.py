@@ -58,7 +58,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         return read_safetensors(single)
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     why = f" ({others[0]} is a pickle, which may run code)" if others else ""
-    raise ModelError(f"{folder}: no weights: neither model.safetensors nor its index{why}; fetch the whole folder, as safetensors")
+    raise ModelError(
+        f"{folder}: no weights: neither model.safetensors nor its index{why}; fetch the whole folder, as safetensors"
+    )
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
