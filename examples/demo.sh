@@ -9,7 +9,7 @@ MEMORY=${MEMORY:-1100MiB}
 say() { printf '\n# %s\n' "$*"; }
 run() { printf '$ %s\n' "$1"; eval "$1"; }
 
-say "Tune all weights of a 135M-parameter model in $MEMORY? The plan rehearses the job without its memory."
+say "Tune all weights of a 135M-parameter model in $MEMORY, by AdamW? The plan rehearses the job without its memory."
 run "satchel plan tune --config examples/full.toml --memory $MEMORY" || [ $? -eq 2 ]
 
 say "It says what would fit: an adapter. Tune it inside the budget; the receipt sets prediction beside measurement."
