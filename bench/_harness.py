@@ -54,7 +54,7 @@ def write(name: str, title: str, table: list[dict[str, Any]], quiet: bool = Fals
     found = {
         "title": title,
         "machine": f"{machine.name}, {machine.cores} threads, {versions}",
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")),
         "date": time.strftime("%Y-%m-%d"),
         "table": table,
@@ -66,6 +66,11 @@ def write(name: str, title: str, table: list[dict[str, Any]], quiet: bool = Fals
     if not quiet:
         print(f"wrote {path.relative_to(ROOT)}")
     return path
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    return _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str:

@@ -6,6 +6,9 @@ comparisons are repeated in rounds of changing order, and medians are reported. 
 
 `quality` holds each method that the planner may choose, as it would choose it, against the plain job of its slot: our
 side alone, ratios of held-out loss, CPU seconds a step and memory. `make docs` hands it to the planner.
+
+An interrupted bench goes on with `--resume`: what its results file holds is kept, what is missing is measured. Every
+single measurement says of which commit it is.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 
 import satchel
-from bench._harness import interleave, measure, median, write
+from bench._harness import RESULTS, commit, interleave, measure, median, write
 from bench._tune_loop import BATCH, CONTEXT, HELD_OUT, Tokens
 from bench._tune_satchel import rows
 from satchel.core import book
@@ -145,14 +149,14 @@ class Bench:
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def run(self, wanted: list[Side], steps: int, repetitions: int, keep: Callable[[], object]) -> None:
-        """Measure the sides `repetitions` times in rounds; `keep` is called after each measurement."""
+        """Measure the sides in rounds until each was `repetitions` times; `keep` is called after each measurement."""
         sides = {self.key(side, steps): side for side in wanted}
-        fresh = [key for key in sides if key not in self.found]
-        order = interleave(fresh, repetitions)
+        had = Counter({key: len(self.found.get(key, ())) for key in sides})
+        order = [key for number, key in numbered(interleave(sides, repetitions)) if number > had[key]]
         for number, key in enumerate(order, 1):
             module, settings = sides[key]
             argument = {"work": str(self.work), "steps": steps} | settings
-            result = measure(f"bench.{module}", argument, PATIENCE_S)
+            result = {"commit": commit()} | measure(f"bench.{module}", argument, PATIENCE_S)
             self.found.setdefault(key, []).append(result)
             said = (
                 result.get("error") or f"{result['above_model_bytes'] / MIB:.0f} MiB, {result['cpu_s']:.2f} CPU s/step"
@@ -170,13 +174,29 @@ class Bench:
         for result in results:
             if "error" in result:
                 return result
-        plain = [{k: v for k, v in result.items() if not isinstance(v, list)} for result in results]
+        plain = [{k: v for k, v in result.items() if not isinstance(v, (list, str))} for result in results]
         return {name: median(result[name] for result in plain) for name in plain[0]}
 
     @staticmethod
     def key(side: Side, steps: int) -> str:
         """What makes a measurement the same as another."""
         return f"{side[0].removeprefix('_tune_')} {steps} {json.dumps(side[1], sort_keys=True)}"
+
+
+def numbered(keys: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Each key with the number of times that it has come up so far."""
+    seen: Counter[str] = Counter()
+    for key in keys:
+        seen[key] += 1
+        yield seen[key], key
+
+
+def kept() -> dict[str, list[dict[str, Any]]]:
+    """The measurements of the last bench that did not fail; none if there is no results file."""
+    path = RESULTS / "tune.json"
+    found = json.loads(path.read_text())["runs"] if path.exists() else {}
+    whole = {key: [result for result in results if "error" not in result] for key, results in found.items()}
+    return {key: results for key, results in whole.items() if results}
 
 
 def both(pair: Pair) -> Iterator[Side]:
@@ -237,6 +257,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--slot-steps", type=int, default=6, help="optimizer steps of one row per method; 0: none")
     parser.add_argument("--repetitions", type=int, default=3, help="of the main comparisons")
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements of the last results file")
     parser.add_argument("--quick", action="store_true", help="2 steps, once, for a test of the bench itself")
     return parser.parse_args(given)
 
@@ -271,7 +292,7 @@ def main(given: list[str] | None = None) -> Path:
     asked = arguments(given)
     plan = rounds(asked)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), kept() if asked.resume else {})
         prepare(bench.work, max(each.steps for each in plan))
         for each in plan:
             bench.run(each.sides, each.steps, each.repetitions, lambda: report(bench, plan, asked, quiet=True))

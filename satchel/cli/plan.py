@@ -49,6 +49,7 @@ PHASES = {
     "train": "what the forward pass keeps meets gradients and the optimizer's state",
     "evaluate": "a forward pass that keeps nothing, beside all that training holds",
     "save": "tensors are written one by one from where they are",
+    "check": "what the model predicts of a short prompt, before and after merging",
     "merge": "one matrix at a time, beside the model",
 }
 

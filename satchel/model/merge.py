@@ -66,14 +66,14 @@ def _verify(path: str, place: Adapted) -> float | None:
     """The share of the change that survives rounding; None if there is no change."""
     weight_OI, change_OI = dense_OI(place.base), _change(path, place)
     exact_OI = weight_OI + change_OI
-    if not _holds(exact_OI.isfinite().all()):
+    if not holds(exact_OI.isfinite().all()):
         raise ModelError(f"{path}: the merged matrix is not finite; the training diverged, take an earlier checkpoint")
     rounded_OI = exact_OI.to(weight_OI.dtype)
     _require_same(path, place, exact_OI, rounded_OI)
-    if not _holds(change_OI.any()):
+    if not holds(change_OI.any()):
         return None
     survived_OI = exact_OI.copy_(rounded_OI).sub_(weight_OI)
-    if not _holds(survived_OI.any()):
+    if not holds(survived_OI.any()):
         dtype = str(weight_OI.dtype).removeprefix("torch.")
         raise ModelError(
             f"{path}: the change is below {dtype}'s rounding step; load the model in float32 and merge that"
@@ -106,7 +106,7 @@ def _require_same(path: str, place: Adapted, exact_OI: Tensor, rounded_OI: Tenso
         x_NI = torch.randn(PROBES, place.in_features, generator=rng).to(weight_OI)
         unmerged_NO, merged_NO = place.run(x_NI, base).float(), _linear(place, weight_OI)(x_NI).float()
         gap = (unmerged_NO - merged_NO).norm() / unmerged_NO.norm().clamp_min(1e-30)
-        if not _holds(gap <= bound):
+        if not holds(gap <= bound):
             raise ModelError(
                 f"{path}: the merged map differs from the unmerged one by {float(gap):.1e}, more than "
                 f"rounding's {bound:.1e}; nothing was changed, save the adapter by itself"
@@ -114,7 +114,8 @@ def _require_same(path: str, place: Adapted, exact_OI: Tensor, rounded_OI: Tenso
     place.train(training)
 
 
-def _holds(flag: Tensor) -> bool:
+def holds(flag: Tensor) -> bool:
+    """Whether a check passed; on fake tensors every check does."""
     return isinstance(flag, FakeTensor) or bool(flag)
 
 

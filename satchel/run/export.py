@@ -22,6 +22,7 @@ from satchel.model.adapters import Adapted, adapted
 from satchel.model.decoder import Decoder
 from satchel.model.linear import dense_OI, is_linear
 from satchel.model.load import load
+from satchel.model.merge import holds
 from satchel.model.merge import merge as merge_maps
 from satchel.model.save import save
 from satchel.model.source import Source, find_source, load_tokenizer
@@ -33,6 +34,8 @@ PROMPT = (
     "The old lighthouse keeper climbed 127 steps every evening. def area(r): return 3.14159 * r ** 2\n"
     "What is the capital of France? The capital of France is Paris, and it lies on the river Seine."
 )
+PROMPT_TOKENS = 64  # at most, so that a rehearsal knows what the check takes
+SLICE = 8  # tokens whose distributions are compared at once
 # Mean divergence, nats a token, that rounding the merged matrices may cause; a lost map costs far more.
 DIVERGENCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -73,8 +76,8 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
 
 
 def prompt_of(source: Source) -> Tensor:
-    """The tokens of PROMPT, [1, T]."""
-    return torch.tensor([load_tokenizer(source).encode(PROMPT, special=True)])
+    """The first tokens of PROMPT, [1, T]."""
+    return torch.tensor([load_tokenizer(source).encode(PROMPT, special=True)[:PROMPT_TOKENS]])
 
 
 @torch.no_grad()
@@ -101,21 +104,14 @@ def merge_checked(decoder: Decoder, tokens_1T: Tensor) -> None:
     """
     before = trace(decoder, tokens_1T)
     merge_maps(decoder)
-    after = trace(decoder, tokens_1T)
-    limit = DIVERGENCE[decoder.lm_head.weight.dtype]
-    gap = divergence(before.logits_TV, after.logits_TV)
-    if not gap <= limit:
-        raise ModelError(
-            f"the merged model diverges from the adapted one by {gap:.1e} nats a token, more than rounding's "
-            f"{limit:.0e}; they part at {first_apart(before, after)}. Nothing was written; use the adapter by itself"
-        )
+    require_close(before, trace(decoder, tokens_1T))
 
 
 @dataclass(frozen=True)
 class Trace:
     """What a decoder made of a prompt."""
 
-    logits_TV: Tensor
+    logits_TV: Tensor  # in the model's dtype
     blocks: tuple[Tensor, ...]  # what each block put out, [T, D]
 
 
@@ -132,13 +128,27 @@ def trace(decoder: Decoder, tokens_1T: Tensor) -> Trace:
         decoder.train(training)
         for hook in hooks:
             hook.remove()
-    return Trace(logits_BTV[0].float(), tuple(blocks))
+    return Trace(logits_BTV[0], tuple(blocks))
 
 
-def divergence(ours_TV: Tensor, theirs_TV: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of their next-token distributions from ours, nats a token."""
-    ours, theirs = ours_TV.log_softmax(-1), theirs_TV.log_softmax(-1)
-    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+def require_close(before: Trace, after: Trace) -> None:
+    """Raises ModelError, naming the block where they part, if their predictions differ by more than rounding does."""
+    limit = DIVERGENCE[before.logits_TV.dtype]
+    gap = divergence(before.logits_TV, after.logits_TV)
+    if not holds(gap <= limit):
+        raise ModelError(
+            f"the merged model diverges from the adapted one by {float(gap):.1e} nats a token, more than rounding's "
+            f"{limit:.0e}; they part at {first_apart(before, after)}. Nothing was written; use the adapter by itself"
+        )
+
+
+def divergence(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of their next-token distributions from ours, nats a token, a float32 scalar."""
+    total = torch.zeros((), device=ours_TV.device)
+    for ours, theirs in zip(ours_TV.split(SLICE), theirs_TV.split(SLICE), strict=True):
+        ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+        total += theirs.sub_(ours).mul_(ours.exp_()).sum().neg_()
+    return total / len(ours_TV)
 
 
 def first_apart(before: Trace, after: Trace) -> str:

@@ -31,6 +31,7 @@ from satchel.model.merge import merge
 from satchel.model.save import outgoing
 from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
+from satchel.run.export import PROMPT_TOKENS, require_close, trace
 from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
 from satchel.run.step import Metrics, StepLoss, take_step
 from satchel.run.tracker import Segment, Tracker, Work
@@ -45,7 +46,7 @@ class Rehearsal:
     phases: tuple[Phase, ...]  # in the order of the job
     work: Counter[Work]  # of one optimizer step
     tokens: int  # of one optimizer step
-    phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and save
+    phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and its check, save
 
     @property
     def peak(self) -> Phase:
@@ -183,12 +184,18 @@ def _evaluate(assembly: Assembly, batch: Batch) -> None:
 
 
 def _save(job: TuneJob, assembly: Assembly, tracker: Tracker) -> None:
-    """Merge if the job does, then write what it leaves behind, tensor by tensor, to nowhere."""
+    """Merge and check as `export` does, if the job does; write what it leaves behind, tensor by tensor, to nowhere."""
     assembly.optimizer.state.clear()
     if assembly.adapter is not None and job.merge:
+        prompt_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
+        tracker.mark("check", "step")
+        before = trace(assembly.model, prompt_1T)
         tracker.mark("merge", "step")
         merge(assembly.model)
         _label(assembly.model.state_dict(keep_vars=True).items(), "weights", tracker)
+        tracker.mark("check", "step")
+        require_close(before, trace(assembly.model, prompt_1T))
+        del before
     tracker.mark("save", "step")
     if assembly.adapter is None or job.merge:
         for tensor in outgoing(assembly.model):

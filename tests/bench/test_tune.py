@@ -44,6 +44,29 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path, monkeypatch):
     assert [line["loss ratio"] for line in kept["table"]] == [0.5]  # of the second row only our side is there
 
 
+def test_a_resumed_bench_measures_what_is_missing_and_what_failed(tmp_path, monkeypatch):
+    calls = []
+
+    def measured(module, argument, patience_s):
+        calls.append(argument)
+        return {"error": "killed"} if len(calls) == 2 else {name: 1.0 for name, _, _ in tune.CELLS.values()}
+
+    monkeypatch.setattr(tune, "measure", measured)
+    monkeypatch.setattr(tune, "prepare", lambda *_: None)
+    monkeypatch.setattr(_harness, "ROOT", tmp_path)
+    for module in (tune, _harness):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(_harness, "device", lambda kind: SimpleNamespace(name="a CPU", cores=2, torch="2"))
+    asked = ["--only", "LoRA r=8, bf16", "--steps", "3", "--slot-steps", "0"]
+    tune.main([*asked, "--repetitions", "1"])
+    assert len(calls) == 2  # ours and the peer's, which failed
+    tune.main([*asked, "--repetitions", "2", "--resume"])
+    assert len(calls) == 2 + 1 + 2
+    kept = json.loads((tmp_path / "tune.json").read_text())
+    assert sorted(map(len, kept["runs"].values())) == [2, 2]
+    assert [line["loss ratio"] for line in kept["table"]] == [1.0]
+
+
 def test_a_choice_of_the_planner_is_compared_with_the_plain_job_of_its_slot(tmp_path):
     bench = tune.Bench(tmp_path)
     ours = {("optimizer", "adamw8bit"): 3.0, ("format", "int8"): 5.0}

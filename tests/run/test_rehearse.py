@@ -124,6 +124,6 @@ def test_merging_into_packed_weights_is_rehearsed_as_a_phase_of_its_own() -> Non
     config = ModelConfig.from_hf(TOY | {"num_hidden_layers": 12})
     job = TuneJob(model="toy", data="demo", context=64, batch=1, format="nf4", merge=True)
     phases = {phase.name: phase for phase in rehearse(job, config).phases}
-    assert list(phases) == ["load", "train", "evaluate", "merge", "save"]
+    assert list(phases) == ["load", "train", "evaluate", "check", "merge", "save"]
     assert phases["merge"].peak_bytes > 2 * config.parameters > phases["load"].accounts["weights"]
     assert phases["save"].accounts["weights"] == pytest.approx(2 * config.parameters, rel=1e-3)
