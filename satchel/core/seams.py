@@ -12,6 +12,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from satchel.core.card import Card
@@ -29,9 +31,13 @@ __all__ = [
     "Method",
     "Objective",
     "OptimizerMethod",
+    "Run",
     "Schedule",
     "WeightFormat",
 ]
+
+
+Run = Callable[..., "Tensor"]  # a block of a decoder, or what runs in its place: called with x_BTD first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +157,23 @@ class Schedule(Method):
 
 
 class Activations(Method):
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass keeps for the backward pass. Most override `wrap` alone; one with a state `start`."""
 
     slot = "activations"
 
-    @abstractmethod
-    def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
-        """The callable that runs block `index` of `depth` in its place; called as the block is, x_BTD first."""
+    def start(self, depth: int, home: Path | None = None) -> Callable[[Run, int], Run]:
+        """What wraps the blocks of one model: called with each of `depth` blocks and its index, from 0.
+
+        What the blocks share, or what lasts from step to step, is made here. `home`: a folder for files.
+        """
+        return partial(self.wrap, depth=depth)
+
+    def wrap(self, block: Run, index: int, depth: int) -> Run:
+        """The callable that runs block `index` of `depth` in its place; called as the block is, x_BTD first.
+
+        One that is an `nn.Module` keeps its tensors from step to step: a checkpoint holds them.
+        """
+        raise NotImplementedError
 
 
 class Objective(Method):

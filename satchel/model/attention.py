@@ -1,7 +1,7 @@
 """Self-attention of every family: projections, norms of queries and keys, rotary positions, attention, output."""
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -23,6 +23,12 @@ class Place:
     tables: dict[Rope | None, tuple[Tensor, Tensor]]  # cosines and sines, [T, R/2]
     lengths: tuple[int, ...] | None = None  # of the documents in the row
     cache: Cache | None = None  # what came before
+
+    def attend(self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, **how: Any) -> Tensor:
+        """What queries find among the keys of their own document, [B, T, H, E]. Only here do tokens meet."""
+        if self.lengths is None:
+            return attend(q_BTHE, k_BSKE, v_BSKE, **how)
+        return attend_documents(q_BTHE, k_BSKE, v_BSKE, self.lengths, **how)
 
 
 class Attention(nn.Module):
@@ -51,11 +57,7 @@ class Attention(nn.Module):
         v_BSKE = self._heads(self.v_proj(x_BTD), None)
         if place.cache is not None:
             k_BSKE, v_BSKE = place.cache.layers[self.index].append(k_BSKE, v_BSKE)
-        if place.lengths is None:
-            out_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, **self.how)
-        else:
-            out_BTHE = attend_documents(q_BTHE, k_BSKE, v_BSKE, place.lengths, **self.how)
-        return self.o_proj(out_BTHE.flatten(2))
+        return self.o_proj(place.attend(q_BTHE, k_BSKE, v_BSKE, **self.how).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """[B, T, heads * E] to [B, T, heads, E], normalised over each head or over all at once."""

@@ -6,7 +6,7 @@ Parameters bear Hugging Face's names for Llama whatever the family; `names.py` t
 numbers or copies to the host, so that a decoder of any size builds and runs on fake and meta tensors.
 """
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -22,7 +22,7 @@ from satchel.model.norm import make_norm
 from satchel.model.rope import rope_tables
 
 if TYPE_CHECKING:
-    from satchel.core.seams import Activations
+    from satchel.core.seams import Activations, Run
 
 # B batch, T tokens, N tokens of one row of documents, D width, V vocabulary
 
@@ -52,6 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activations: Activations | None = None
+        self._runs: list[Run] = []  # the blocks as the policy runs them
         at: At = {"dtype": dtype, "device": device}
         self.model = Trunk(config, **at)
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
@@ -94,9 +95,19 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
 
-    def wrap_blocks(self, policy: "Activations | None") -> None:
-        """Lets a policy decide what each block keeps for the backward pass; None keeps everything."""
+    def wrap_blocks(self, policy: "Activations | None", home: Path | None = None) -> None:
+        """Lets a policy decide what each block keeps for the backward pass; None keeps everything.
+
+        `home`: a folder where the policy may keep files for as long as the process lives.
+        """
         self.activations = policy
+        wrap = policy.start(len(self.layers), home) if policy else None
+        self._runs = [wrap(block, index) for index, block in enumerate(self.layers)] if wrap else []
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """What the policy keeps from step to step, by name: it belongs into a checkpoint beside the parameters."""
+        states = {index: run.state_dict() for index, run in enumerate(self._runs) if isinstance(run, nn.Module)}
+        return {f"activations.{index}.{name}": t for index, state in states.items() for name, t in state.items()}
 
     @torch.no_grad()
     def init_weights(self, rng: torch.Generator | None = None, std: float = 0.02) -> None:
@@ -115,14 +126,10 @@ class Decoder(nn.Module):
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache)
-        for index, block in enumerate(self.layers):
-            x_BTD = self._kept(block, index)(x_BTD, place)
+        runs = self._runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
+        for run in runs or self.layers:
+            x_BTD = run(x_BTD, place)
         return self._finish(x_BTD)
-
-    def _kept(self, block: nn.Module, index: int) -> Callable[..., Tensor]:
-        if self.activations is None or not torch.is_grad_enabled():
-            return block
-        return self.activations.wrap(block, index, len(self.layers))
 
     @staticmethod
     def _positions(tokens_BT: Tensor, lengths: tuple[int, ...] | None, start: int) -> tuple[Tensor, int]:

@@ -4,6 +4,7 @@ rehearsal assembles fake models by the same code."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def assemble(job: TuneJob, decoder: Decoder) -> Assembly:
     adapter = make("adapter", job.adapter)
     if adapter is not None:
         attach(decoder, adapter, rng)
-    decoder.wrap_blocks(make("activations", job.activations))
+    decoder.wrap_blocks(make("activations", job.activations), Path(job.out))
     decoder.train()
     parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
     lr = job.lr or (LR_FULL if adapter is None else LR_ADAPTER)

@@ -35,21 +35,20 @@ class _Outline:
     work: Counter[Work]
 
 
-def shallow_depth(kinds: Sequence[Hashable]) -> int:
+def shallow(kinds: Sequence[Hashable]) -> list[int]:
     """The fewest layers that show the first, the last, and one of each kind between them."""
     for depth in range(3, len(kinds)):
         if set(kinds[1 : depth - 1]) >= set(kinds[1:-1]):
-            return depth
-    return len(kinds)
+            return [*range(depth - 1), len(kinds) - 1]
+    return list(range(len(kinds)))
 
 
-def stand_ins(kinds: Sequence[Hashable], depth: int) -> list[int]:
-    """For each layer of the deep model, the layer of the shallow one that stands for it."""
-    if depth >= len(kinds):
-        return list(range(len(kinds)))
-    middle = {kind: index for index, kind in reversed(list(enumerate(kinds[1 : depth - 1], 1)))}
-    last = depth - 1 if kinds[depth - 1] == kinds[-1] else middle[kinds[-1]]
-    return [0, *(middle[kind] for kind in kinds[1:-1]), last]
+def stand_ins(kinds: Sequence[Hashable], layers: Sequence[int]) -> list[int]:
+    """For each layer of the deep model, which of the shallow one's `layers` stands for it."""
+    if len(layers) == len(kinds):
+        return list(layers)
+    middle = {kinds[index]: index for index in reversed(layers[1:-1])}
+    return [0, *(middle[kind] for kind in kinds[1:-1]), len(layers) - 1]
 
 
 def extend(tracker: Tracker, stands: Sequence[int]) -> list[Phase]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_iter
 
 from satchel.core.book import make
 from satchel.core.job import TuneJob
-from satchel.core.seams import Activations
+from satchel.core.seams import Activations, Run
 from satchel.model.batch import Batch
+from satchel.model.block import Block
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.load import fill
@@ -32,7 +34,7 @@ from satchel.model.save import outgoing
 from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.export import PROMPT_TOKENS, require_close, trace
-from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow_depth, stand_ins, total_work
+from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow, stand_ins, total_work
 from satchel.run.step import Metrics, StepLoss, take_step
 from satchel.run.tracker import Segment, Tracker, Work
 
@@ -73,10 +75,11 @@ def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), d
     rows = job.micro_batch or job.batch
     micro_batches = -(-job.batch // rows)
     kinds = _kinds(job, config)
-    stands = stand_ins(kinds, shallow_depth(kinds))
+    layers = shallow(kinds)
+    stands = stand_ins(kinds, layers)
     with FakeTensorMode(), Tracker("load", "data") as tracker:
         batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
-        assembly = _stage(job, config, max(stands) + 1, device, tracker)
+        assembly = _stage(job, config, layers, device, tracker)
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
             tracker.mark("train", "update")
             begin = len(tracker.segments) - 1
@@ -100,11 +103,17 @@ class _Marking(Activations):
 
     inner: Activations | None
     tracker: Tracker
-    layers: int  # of the deep model
+    layers: list[int]  # of the deep model, that the blocks are
 
-    def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
-        run = self.inner.wrap(block, index, self.layers) if self.inner else block
+    def start(self, depth: int, home: Path | None = None) -> Callable[[Run, int], Run]:
+        inner = self.inner.start(self.layers[-1] + 1) if self.inner else None
 
+        def wrap(block: Run, index: int) -> Run:
+            return self._marked(inner(block, self.layers[index]) if inner else block, index)
+
+        return wrap
+
+    def _marked(self, run: Run, index: int) -> Run:
         def marked(x_BTD: Tensor, *rest: Any) -> Tensor:
             phase = self.tracker.segments[-1].name[0]
             self.tracker.mark(phase, FORWARD, index)
@@ -119,26 +128,25 @@ class _Marking(Activations):
 def _kinds(job: TuneJob, config: ModelConfig) -> list[tuple[Hashable, ...]]:
     """What differs between the layers of the model or in how the job runs them, which its policy's functions show."""
     policy = make("activations", job.activations)
-
-    def block(x_BTD: Tensor) -> Tensor:
-        return x_BTD
-
-    runs = [policy.wrap(block, index, config.layers) if policy else block for index in range(config.layers)]
+    wrap = policy.start(config.layers) if policy else lambda block, index: block
+    block = Block(config, 0, dtype=DTYPES[job.dtype], device="meta")
+    runs = [wrap(block, index) for index in range(config.layers)]
     kinds = (getattr(run, "__code__", type(run)) for run in runs)
     return list(zip(config.layer_kinds, kinds, strict=True))
 
 
-def _stage(job: TuneJob, config: ModelConfig, depth: int, device: str, tracker: Tracker) -> Assembly:
-    """Build and assemble the job `depth` layers deep, all parameters labelled, every stretch of a step marked."""
+def _stage(job: TuneJob, config: ModelConfig, layers: list[int], device: str, tracker: Tracker) -> Assembly:
+    """Build and assemble the job with these layers alone, all parameters labelled, every stretch of a step marked."""
     tracker.mark("load", "model")
-    shell = Decoder(dataclasses.replace(config, layers=depth), DTYPES[job.dtype], device="meta")
+    pattern = tuple(config.layer_kinds[index] for index in layers)
+    shell = Decoder(dataclasses.replace(config, layers=len(layers), pattern=pattern), DTYPES[job.dtype], device="meta")
     parts = {name: Part(name) for name, _ in shell.named_parameters()}
     decoder = fill(shell, parts, _NoFiles(), device, make("format", job.format))
     _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
     tracker.mark("load", "assemble")
     assembly = assemble(job, decoder)
     _label(decoder.named_parameters(), "adapter", tracker)
-    decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, config.layers))
+    decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, layers))
     (decoder.model.norm or decoder.lm_head).register_forward_pre_hook(
         lambda *_: tracker.mark(tracker.segments[-1].name[0], "head")
     )

@@ -98,9 +98,18 @@ def test_a_model_of_any_size_is_built_without_memory() -> None:
     assert all(isinstance(m, nn.Linear) for name, m in decoder.named_modules() if name.endswith("_proj"))
 
 
+class Refusing(Activations):
+    def wrap(self, block: Callable[..., Tensor], index: int, depth: int) -> Callable[..., Tensor]:
+        def run(*_: object) -> Tensor:
+            raise AssertionError
+
+        return run
+
+
 def test_without_gradients_no_policy_is_asked() -> None:
-    decoder, policy = decoder_of(), Recomputed()
-    decoder.wrap_blocks(policy)
+    decoder = decoder_of()
+    decoder.wrap_blocks(Refusing())
     with torch.no_grad():
         decoder(ROW)
-    assert policy.calls == []
+    with pytest.raises(AssertionError):
+        decoder(ROW)

@@ -1,6 +1,6 @@
 """A shallow run extended to a deep one: tested on runs whose answer is known."""
 
-from satchel.run.extend import extend, shallow_depth, stand_ins, total_work
+from satchel.run.extend import extend, shallow, stand_ins, total_work
 from satchel.run.tracker import Label, Segment, Tracker, Work
 
 
@@ -22,7 +22,7 @@ def fake_run(depth: int, kept: int = 10, extra: int = 3) -> Tracker:
 
 
 def test_three_layers_extended_equal_the_deep_run() -> None:
-    stands = stand_ins("a" * 12, shallow_depth("a" * 12))
+    stands = stand_ins("a" * 12, shallow("a" * 12))
     assert stands == [0, *[1] * 10, 2]
     short, whole = fake_run(3), fake_run(12)
     assert extend(short, stands) == extend(whole, list(range(12)))
@@ -33,20 +33,25 @@ def test_the_peak_moves_from_one_end_of_the_backward_pass_to_the_other_with_dept
     """What extending the peaks of shallow runs by a straight line would miss."""
     for kept in (1, 30):  # gradients outweigh what is kept, and the other way round
         whole = extend(fake_run(9, kept), list(range(9)))
-        assert extend(fake_run(3, kept), stand_ins("a" * 9, 3)) == whole
+        assert extend(fake_run(3, kept), stand_ins("a" * 9, shallow("a" * 9))) == whole
 
 
 def test_every_kind_of_layer_stands_for_its_own() -> None:
     kinds = "lllllglllllglllllg"
-    depth = shallow_depth(kinds)
-    stands = stand_ins(kinds, depth)
+    layers = shallow(kinds)
+    stands = stand_ins(kinds, layers)
     assert len(stands) == len(kinds)
-    assert all(kinds[stand] == kind for stand, kind in zip(stands, kinds, strict=True))
-    assert depth == 7
+    assert all(kinds[layers[stand]] == kind for stand, kind in zip(stands, kinds, strict=True))
+    assert layers == [0, 1, 2, 3, 4, 5, 17]
+
+
+def test_a_last_layer_of_its_own_kind_is_the_shallow_runs_last() -> None:
+    layers = shallow("dsssssd")
+    assert layers == [0, 1, 6] and stand_ins("dsssssd", layers) == [0, 1, 1, 1, 1, 1, 2]
 
 
 def test_a_model_that_is_shallow_already_is_run_as_it_is() -> None:
-    assert shallow_depth("aa") == 2 and stand_ins("aa", 2) == [0, 1]
+    assert shallow("aa") == [0, 1] == stand_ins("aa", [0, 1])
 
 
 def test_accounts_add_up_to_the_peak() -> None:
