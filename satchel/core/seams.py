@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from satchel.core.card import Card
 from satchel.core.errors import UserError
@@ -26,13 +26,19 @@ if TYPE_CHECKING:
 __all__ = [
     "Activations",
     "Adapter",
+    "Admission",
     "Card",
     "Closure",
+    "Decoding",
+    "Draft",
     "Method",
     "Objective",
     "OptimizerMethod",
+    "Proposer",
     "Run",
     "Schedule",
+    "Speaker",
+    "Ticket",
     "WeightFormat",
 ]
 
@@ -185,3 +191,94 @@ class Objective(Method):
     def loss(self, model: nn.Module, batch: Any, rng: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the loss over the batch's `targets` (the trainer divides by their number over the whole optimizer
         step), and sums to report beside it. Makes no host copy of any tensor: it must run on fake tensors too."""
+
+
+class Ticket(Protocol):
+    """What an admission may know of an answer that waits or runs."""
+
+    @property
+    def arrival_s(self) -> float:
+        """When the request came, on the engine's clock."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """What the client gave it; higher is more urgent."""
+        ...
+
+    @property
+    def deadline_s(self) -> float:
+        """When the answer becomes worthless, on the engine's clock; inf: never."""
+        ...
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the model has to see at most before the answer ends."""
+        ...
+
+
+class Admission(Method):
+    """Who runs next, and who makes room for whom."""
+
+    slot = "admission"
+
+    @abstractmethod
+    def rank(self, ticket: Ticket, served: float, now_s: float) -> tuple[float, ...]:
+        """The lowest enters first and makes room last. `served` is what the ticket's tenant got so far, in tokens.
+
+        Equal ranks go by arrival. Ranks of one method are of one length.
+        """
+
+    def displaces(self, waiting: Ticket, running: Ticket) -> bool:
+        """Whether one that waits may stop one that runs if there is no room for both; by default it never may."""
+        return False
+
+
+Draft = Sequence[int]  # guesses at the next tokens of an answer
+
+
+class Speaker(Protocol):
+    """What a proposer may know of an answer."""
+
+    @property
+    def id(self) -> int:
+        """Of the request; with `index` it names the answer."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Which answer to the request."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        ...
+
+
+class Proposer(ABC):
+    """What guesses at tokens for the answers of one engine. It never calls the model that checks them.
+
+    The engine runs the model on the guesses and keeps them as long as each is the token that it would have chosen;
+    the choice is a function of logits, seed and position, so that guessing changes no answer.
+    """
+
+    @abstractmethod
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
+        """Guesses for each answer, at most `room` of them, down to none."""
+
+    def learn(self, speaker: Speaker, guessed: int, right: int) -> None:  # noqa: B027
+        """The first `right` of the `guessed` tokens were; the answer has them and one more by now."""
+
+    def forget(self, speaker: Speaker) -> None:  # noqa: B027
+        """The answer ended."""
+
+
+class Decoding(Method):
+    """How an answer's next tokens are found."""
+
+    slot = "decoding"
+
+    @abstractmethod
+    def start(self, model: nn.Module) -> Proposer:
+        """What guesses for one engine, whose model this is."""

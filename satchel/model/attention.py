@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from satchel.model.attend import attend, attend_documents
-from satchel.model.cache import Cache
+from satchel.model.cache import Past
 from satchel.model.config import ModelConfig
 from satchel.model.empty import At, Linear
 from satchel.model.functional import rotate
@@ -22,7 +22,7 @@ class Place:
 
     tables: dict[Rope | None, tuple[Tensor, Tensor]]  # cosines and sines, [T, R/2]
     lengths: tuple[int, ...] | None = None  # of the documents in the row
-    cache: Cache | None = None  # what came before
+    cache: Past | None = None  # what came before
 
     def attend(self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, **how: Any) -> Tensor:
         """What queries find among the keys of their own document, [B, T, H, E]. Only here do tokens meet."""
@@ -55,9 +55,8 @@ class Attention(nn.Module):
         q_BTHE = self._turned(self._heads(self.q_proj(x_BTD), self.q_norm), place)
         k_BSKE = self._turned(self._heads(self.k_proj(x_BTD), self.k_norm), place)
         v_BSKE = self._heads(self.v_proj(x_BTD), None)
-        if place.cache is not None:
-            k_BSKE, v_BSKE = place.cache.layers[self.index].append(k_BSKE, v_BSKE)
-        return self.o_proj(place.attend(q_BTHE, k_BSKE, v_BSKE, **self.how).flatten(2))
+        past = place if place.cache is None else place.cache.layers[self.index]
+        return self.o_proj(past.attend(q_BTHE, k_BSKE, v_BSKE, **self.how).flatten(2))
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """[B, T, heads * E] to [B, T, heads, E], normalised over each head or over all at once."""

@@ -5,14 +5,41 @@
 Costs 2 x layers x kv_heads x head_dim numbers a token. Layers with a sliding window keep everything too.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from satchel.model.attend import attend
 from satchel.model.config import ModelConfig
 
-# B batch, K kv heads, S cached tokens, T new tokens, E head dim
+# B batch, H query heads, K kv heads, S cached tokens, T new tokens, E head dim
 
 STEP = 256  # tokens by which a buffer grows at least
+
+
+class LayerPast(Protocol):
+    """The past of one layer."""
+
+    def attend(
+        self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, /, *, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """Adds the keys and values of T tokens, and attends from these to all that they may see: [B, T, H, E]."""
+        ...
+
+
+class Past(Protocol):
+    """What came before the tokens of a call; `decoder(tokens, cache=...)` reads and extends it."""
+
+    @property
+    def layers(self) -> Sequence[LayerPast]:
+        """One a layer."""
+        ...
+
+    def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
+        """The positions of new tokens, and a length that no sequence among them exceeds."""
+        ...
 
 
 class LayerCache:
@@ -33,6 +60,19 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes held, used or not."""
         return sum(t.nbytes for t in (self._k, self._v) if t is not None)
+
+    def attend(
+        self,
+        q_BTHE: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
+        """Adds T tokens, and attends from these to all so far: [B, T, H, E]."""
+        return attend(q_BTHE, *self.append(k_BTKE, v_BTKE), scale=scale, window=window, cap=cap)
 
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Adds T tokens and gives all keys and all values so far, each [B, S, K, E], as views of the buffers."""
@@ -69,6 +109,11 @@ class Cache:
     def length(self) -> int:
         """Tokens in the past."""
         return self.layers[-1].length
+
+    def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
+        """Where T new tokens stand, and how long the sequences become with them."""
+        stop = self.length + tokens_BT.shape[1]
+        return torch.arange(self.length, stop, device=tokens_BT.device), stop
 
     @property
     def nbytes(self) -> int:

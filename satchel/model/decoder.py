@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from satchel.core.errors import ModelError
 from satchel.model.attention import Place
 from satchel.model.block import Block
-from satchel.model.cache import Cache
+from satchel.model.cache import Past
 from satchel.model.config import ModelConfig
 from satchel.model.empty import At, Embedding, Linear
 from satchel.model.norm import make_norm
@@ -65,14 +65,12 @@ class Decoder(nn.Module):
         return self.model.layers
 
     def forward(
-        self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Cache | None = None
+        self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Past | None = None
     ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; see `hidden` for `lengths` and `cache`."""
         return self.logits(self.hidden(tokens_BT, lengths=lengths, cache=cache))
 
-    def hidden(
-        self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Past | None = None) -> Tensor:
         """The state [B, T, D] that the head reads, after the final norm.
 
         `lengths`: the tokens are one row of documents of these lengths, each of which sees itself only and starts at
@@ -119,8 +117,8 @@ class Decoder(nn.Module):
             else:
                 parameter.fill_(0.0 if plus_one or name.endswith("bias") else 1.0)
 
-    def _run(self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Cache | None) -> Tensor:
-        position_T, longest = self._positions(tokens_BT, lengths, cache.length if cache else 0)
+    def _run(self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Past | None) -> Tensor:
+        position_T, longest = cache.positions(tokens_BT) if cache else self._positions(tokens_BT, lengths)
         rows = self.config.learned_positions
         if rows and longest + self.config.position_offset > rows:
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
@@ -132,11 +130,10 @@ class Decoder(nn.Module):
         return self._finish(x_BTD)
 
     @staticmethod
-    def _positions(tokens_BT: Tensor, lengths: tuple[int, ...] | None, start: int) -> tuple[Tensor, int]:
+    def _positions(tokens_BT: Tensor, lengths: tuple[int, ...] | None) -> tuple[Tensor, int]:
         """The positions of the tokens in their documents, and the longest document's length."""
         if lengths is None:
-            stop = start + tokens_BT.shape[1]
-            return torch.arange(start, stop, device=tokens_BT.device), stop
+            lengths = (tokens_BT.shape[1],)
         longest = max(lengths)
         position = torch.arange(longest, device=tokens_BT.device)
         return torch.cat([position[:length] for length in lengths]), longest

@@ -15,6 +15,7 @@ from torch import Tensor
 from satchel.core.errors import UserError
 from satchel.model.cache import Cache
 from satchel.model.decoder import Decoder
+from satchel.run.text import TextStream
 
 if TYPE_CHECKING:
     from satchel.model.tokenizer import Tokenizer
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 # T tokens, D width, V vocabulary
 
 PREFILL = 512  # prompt tokens that go through the model at once: bounds the memory of a long prompt
-BROKEN = "\ufffd"  # what the bytes of an unfinished character decode to
 
 
 def generate(
@@ -79,39 +79,6 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, rng: torch.Genera
     p_V, order_V = torch.softmax(logits_V / temperature, dim=0).sort(descending=True)
     kept_V = p_V * (p_V.cumsum(0) - p_V < top_p)
     return int(order_V[torch.multinomial(kept_V, 1, generator=rng)])
-
-
-class TextStream:
-    """Text from tokens, as early as it is certain: a character that spans tokens comes out once, and whole.
-
-    Decoding the last two pieces together keeps what a decoder does between tokens, such as spaces; the pieces that
-    came out always add up to the text of all tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = self.done = 0  # ids[start:done] are out, and give what follows its context
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token; often empty."""
-        self.ids.append(token)
-        fresh = self._fresh()
-        if not fresh or fresh.endswith(BROKEN):
-            return ""
-        self.start, self.done = self.done, len(self.ids)
-        return fresh
-
-    def rest(self) -> str:
-        """What is still held back, at the end."""
-        return self._fresh()
-
-    def _fresh(self) -> str:
-        said = self._decode(self.ids[self.start : self.done])
-        return self._decode(self.ids[self.start :])[len(said) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special=True)
 
 
 @torch.inference_mode()

@@ -1,15 +1,11 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from satchel.core.errors import UserError
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.run import generate as module
-from satchel.run.generate import TextStream, continue_tokens, generate, sample
+from satchel.run.generate import continue_tokens, generate, sample
 from tests.run.toys import CharTokenizer
 
 LLAMA = {
@@ -126,26 +122,3 @@ def test_draws_follow_the_distribution():
     drawn = torch.tensor([sample(p_V.log(), 1.0, 1.0, rng) for _ in range(4000)])
     frequency_V = torch.bincount(drawn, minlength=3) / 4000
     assert (frequency_V - p_V).abs().max() < 0.035  # four standard deviations of a share of 4000 draws
-
-
-def bytes_tokenizer():
-    """One token a byte, so that most characters span several tokens."""
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Backend(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-
-    class Bytes:
-        encode = staticmethod(lambda text: backend.encode(text).ids)
-        decode = staticmethod(lambda ids, skip_special=True: backend.decode(list(ids)))
-
-    return Bytes()
-
-
-@given(st.text(max_size=30))
-def test_streamed_characters_come_out_whole_and_add_up(text):
-    tokenizer = bytes_tokenizer()
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces) + stream.rest() == text
-    assert all(piece in text for piece in pieces)

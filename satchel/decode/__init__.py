@@ -1,0 +1,1 @@
+"""Decoding: how an answer's next tokens are found. A method is a file."""

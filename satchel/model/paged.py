@@ -1,0 +1,213 @@
+"""Keys and values of many sequences in pages of one pool, and a row of their new tokens to run at once.
+
+    pool = Pool(config, blocks=1000, dtype=torch.bfloat16)
+    row = Row(pool, [Stretch(table, past=32, tokens=1), ...]);   x_1ND = decoder.hidden(tokens_1N, cache=row)
+
+A block is 16 tokens in all layers, contiguous, so that it is moved by one copy. Within it lie, layer by layer, the keys
+as [K, E, 16] and the values as [K, 16, E]. The new tokens of all sequences form one row without padding; each attends
+to its own sequence only, through the sequence's table of blocks. On a CPU that is native/paged.cpp, which copies
+nothing; elsewhere, and without a compiler, torch gathers the pages of one sequence at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from satchel.model.attend import attend
+from satchel.model.config import ModelConfig
+from satchel.native import paged as native
+
+# N tokens of the row, S sequences, M pages of all tables, H query heads, K kv heads, E head dim, P = PAGE
+
+PAGE = native.PAGE
+
+
+class Pool:
+    """Blocks for the keys and values of PAGE tokens each. The memory is not initialised."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        context: int = 0,
+    ) -> None:
+        """`context`: the longest sequence there will be, tokens; 0: the longest that the model was made for."""
+        shape = (blocks, config.layers, 2, config.kv_heads, PAGE * config.head_dim)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.context = context or config.context
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return self.data.shape[0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block."""
+        return self.data[0].nbytes
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, each (from, to)."""
+        for source, target in pairs:
+            self.data[target].copy_(self.data[source])
+
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of PAGE tokens."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * PAGE * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """New tokens of one sequence."""
+
+    table: Sequence[int]  # its blocks; they hold `past` tokens and have room for `tokens` more
+    past: int
+    tokens: int
+
+
+class Row:
+    """The sequences of one forward pass: where their new tokens stand and where their pasts lie."""
+
+    def __init__(self, pool: Pool, stretches: Sequence[Stretch], tokens: int = 0) -> None:
+        """`tokens`: of the row; beyond those of the stretches it is filler, whose result means nothing."""
+        self.pool = pool
+        device = pool.data.device
+        first = [0, *accumulate(stretch.tokens for stretch in stretches)]
+        used = [stretch.table[: -(-(stretch.past + stretch.tokens) // PAGE)] for stretch in stretches]
+        self.filler = max(tokens - first[-1], 0)
+        self.pages_M = torch.tensor([page for table in used for page in table], dtype=torch.int32, device=device)
+        starts = [0, *accumulate(map(len, used))]
+        rows = [starts[:-1], first[:-1], [stretch.past for stretch in stretches], first[1:]]
+        self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
+        spans = [torch.arange(stretch.past, stretch.past + stretch.tokens) for stretch in stretches]
+        self.position_N = torch.cat([*spans, torch.zeros(self.filler, dtype=torch.int64)]).to(device)
+        self.layers = [LayerPages(self, index) for index in range(pool.data.shape[1])]
+
+    def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
+        """The tokens' positions, and the longest sequence that there may be: one for all, so that no frequency depends
+        on the company."""
+        return self.position_N, self.pool.context
+
+
+class LayerPages:
+    """One layer of a row."""
+
+    def __init__(self, row: Row, index: int) -> None:
+        self.row, self.index = row, index
+
+    def attend(
+        self,
+        q_1NHE: Tensor,
+        k_1NKE: Tensor,
+        v_1NKE: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> Tensor:
+        """Stores keys and values of the new tokens, and attends from these: [1, N, H, E]."""
+        row, data = self.row, self.row.pool.data
+        keys, values = data[:, self.index, 0], data[:, self.index, 1]
+        how = scale, window or 0, cap or 0.0
+        return torch.ops.satchel.paged_attention(
+            q_1NHE[0], k_1NKE[0], v_1NKE[0], keys, values, row.pages_M, row.bounds_4S, *how
+        )[None]
+
+
+torch.library.define(
+    "satchel::paged_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor bounds, float scale, "
+    "int window, float cap) -> Tensor",
+)
+
+
+def paged_attention_in_torch(
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages_M: Tensor,
+    bounds_4S: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    """Out [N, H, E]; zero where a row is filler. Keys and values of one layer are [blocks, K, P * E].
+
+    `bounds` holds for each sequence where its table begins in `pages`, its first new token's row, the tokens before it,
+    and the row after its last new token.
+    """
+    dim, heads = q_NHE.shape[-1], k_NKE.shape[1]
+    keys_KEP, values_KPE = keys.view(-1, heads, dim, PAGE), values.view(-1, heads, PAGE, dim)
+    out_NHE = torch.zeros_like(q_NHE, memory_format=torch.contiguous_format)
+    for start, first, past, stop in bounds_4S.T.tolist():
+        total, rows = past + stop - first, slice(first, stop)
+        at = torch.arange(past, total, device=keys.device)
+        table = pages_M[start : start - (-total // PAGE)].long()
+        keys_KEP[table[at // PAGE], :, :, at % PAGE] = k_NKE[rows]
+        values_KPE[table[at // PAGE], :, at % PAGE] = v_NKE[rows]
+        k_SKE = keys_KEP[table].permute(0, 3, 1, 2).flatten(0, 1)[:total]
+        v_SKE = values_KPE[table].transpose(1, 2).flatten(0, 1)[:total]
+        out_NHE[rows] = attend(
+            q_NHE[None, rows], k_SKE[None], v_SKE[None], scale=scale, window=window or None, cap=cap or None
+        )[0]
+    return out_NHE
+
+
+torch.library.impl("satchel::paged_attention", "default", paged_attention_in_torch)
+
+
+@torch.library.impl("satchel::paged_attention", "CPU")
+def _paged_attention(
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages_M: Tensor,
+    bounds_4S: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    kernel = native.library() if q_NHE.dtype == keys.dtype in (torch.float32, torch.bfloat16) else None
+    if kernel is None:
+        return paged_attention_in_torch(q_NHE, k_NKE, v_NKE, keys, values, pages_M, bounds_4S, scale, window, cap)
+    q_NHE, k_NKE, v_NKE = (t if t.flatten(1).stride(1) == 1 else t.contiguous() for t in (q_NHE, k_NKE, v_NKE))
+    if v_NKE.stride(0) != k_NKE.stride(0):
+        k_NKE, v_NKE = k_NKE.contiguous(), v_NKE.contiguous()
+    out_NHE = torch.zeros_like(q_NHE, memory_format=torch.contiguous_format)
+    table_S, first_S, past_S, stop_S = bounds_4S
+    first_S = torch.cat([first_S, stop_S[-1:]])
+    tensors = {"q": q_NHE, "k": k_NKE, "v": v_NKE, "keys": keys, "values": values, "out": out_NHE}
+    tensors |= {"pages": pages_M, "table": table_S, "first": first_S, "past": past_S}
+    native.attend(
+        kernel,
+        native.Batch(
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            page_stride=keys.stride(0),
+            q_row=q_NHE.stride(0),
+            k_row=k_NKE.stride(0),
+            sequences=len(table_S),
+            heads=q_NHE.shape[1],
+            kv_heads=k_NKE.shape[1],
+            dim=q_NHE.shape[2],
+            window=window,
+            scale=scale,
+            cap=cap,
+        ),
+        keys.dtype,
+    )
+    return out_NHE
+
+
+@torch.library.register_fake("satchel::paged_attention")
+def _paged_attention_fake(q_NHE: Tensor, *rest: Tensor) -> Tensor:
+    return torch.empty_like(q_NHE, memory_format=torch.contiguous_format)

@@ -1,0 +1,129 @@
+"""Who holds which block of the pool: reference counts, reuse of prefixes, the oldest unused block first to go.
+
+A block holds the keys and values of SIZE tokens in all layers. A full block is published under a digest of all tokens
+up to its end (and of what else its values depend on, such as the adapter), so that a later sequence with the same
+beginning takes it over. A block that nobody holds stays findable until its place is needed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+from satchel.core.errors import SatchelError
+
+Digest = bytes
+
+
+def digests(tokens: Sequence[int], size: int, root: Digest, known: Sequence[Digest] = ()) -> list[Digest]:
+    """A digest for each full block of `tokens`; each continues the one before, the first continues `root`.
+
+    `known` are those of the first blocks, if they were made before.
+    """
+    found = list(known)
+    for end in range((len(found) + 1) * size, len(tokens) + 1, size):
+        parent = found[-1] if found else root
+        found.append(blake2b(parent + array("I", tokens[end - size : end]).tobytes(), digest_size=16).digest())
+    return found
+
+
+class Blocks:
+    """The blocks of a pool, by number. Knows no tensors."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self.refs = [0] * count
+        self.digest: list[Digest | None] = [None] * count
+        self.found: dict[Digest, int] = {}  # published blocks
+        self.empty = list(range(count - 1, -1, -1))  # nobody holds them, nothing in them
+        self.idle: OrderedDict[int, None] = OrderedDict()  # nobody holds them, published; the oldest first
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self.empty) + len(self.idle)
+
+    @property
+    def held(self) -> int:
+        """Blocks that sequences hold."""
+        return self.count - self.free
+
+    def needed(self, tokens: int) -> int:
+        """Blocks that so many tokens fill."""
+        return -(-tokens // self.size)
+
+    def match(self, chain: Iterable[Digest]) -> list[int]:
+        """The published blocks of the longest known beginning of `chain`; they are not yet taken."""
+        blocks = []
+        for digest in chain:
+            if (block := self.found.get(digest)) is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def take(self) -> int:
+        """A block for new tokens; the one longest unused is forgotten for it if none is empty."""
+        if self.empty:
+            block = self.empty.pop()
+        elif self.idle:
+            block, _ = self.idle.popitem(last=False)
+            self._forget(block)
+        else:
+            raise SatchelError("the pool has no free block")
+        self.refs[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One holder more; the block may be idle."""
+        self.idle.pop(block, None)
+        self.refs[block] += 1
+
+    def release(self, block: int) -> None:
+        """One holder less; the last one leaves a published block findable."""
+        self.refs[block] -= 1
+        if self.refs[block]:
+            return
+        if self.digest[block] is None:
+            self.empty.append(block)
+        else:
+            self.idle[block] = None
+
+    def publish(self, block: int, digest: Digest) -> None:
+        """The block is full; sequences that begin like `digest` may take it over. The first of equal blocks is kept."""
+        if self.digest[block] is None and digest not in self.found:
+            self.digest[block] = digest
+            self.found[digest] = block
+
+    def forget_all(self) -> None:
+        """Nothing is findable any more, as if the pool were new; held blocks stay held."""
+        for block in list(self.found.values()):
+            self._forget(block)
+        self.empty += self.idle
+        self.idle.clear()
+
+    def _forget(self, block: int) -> None:
+        digest, self.digest[block] = self.digest[block], None
+        if digest is not None:
+            del self.found[digest]
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises SatchelError where counts, lists and the tables of all holders contradict each other."""
+        holders = [0] * self.count
+        for table in tables:
+            for block in table:
+                holders[block] += 1
+        wrong = [block for block in range(self.count) if holders[block] != self.refs[block]]
+        if wrong:
+            block = wrong[0]
+            raise SatchelError(f"pool: block {block} has {holders[block]} holders and counts {self.refs[block]}")
+        unheld = sorted([*self.empty, *self.idle])
+        if unheld != [block for block in range(self.count) if not self.refs[block]]:
+            raise SatchelError("pool: the lists of free blocks are not the blocks that nobody holds")
+        if any(self.digest[block] is not None for block in self.empty) or any(
+            self.digest[block] is None for block in self.idle
+        ):
+            raise SatchelError("pool: an empty block is published, or an idle one is not")
+        if any(self.digest[block] != digest for digest, block in self.found.items()):
+            raise SatchelError("pool: a digest leads to another block")

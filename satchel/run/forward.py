@@ -1,0 +1,74 @@
+"""The model's pass over the tokens of one step, and logits where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from satchel.model.decoder import Decoder
+from satchel.model.paged import Pool, Row, Stretch
+
+# N tokens of a step, R rows of them, D width, V vocabulary
+
+HEAD_ROWS = 64  # tokens whose logits exist at once: a vocabulary of 150k in float32 is 37 MiB
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence runs in a step: tokens that are certain, then guesses."""
+
+    tokens: Sequence[int]
+    draft: Sequence[int]
+    table: Sequence[int]  # its blocks
+    past: int  # tokens that these hold already
+    first: int  # row of its first token in the step
+
+    @property
+    def fed(self) -> int:
+        """Tokens in all."""
+        return len(self.tokens) + len(self.draft)
+
+    @property
+    def rows(self) -> range:
+        """The rows of its last certain token and its guesses, which say what comes next."""
+        return range(self.first + len(self.tokens) - 1, self.first + self.fed)
+
+
+@torch.inference_mode()
+def hidden(model: Decoder, pool: Pool, parts: Sequence[Part]) -> Tensor:
+    """The state [N, D] before the head of every token of the step; keys and values go into the pool."""
+    stretches = [Stretch(part.table, part.past, part.fed) for part in parts]
+    tokens = [token for part in parts for token in (*part.tokens, *part.draft)]
+    row = Row(pool, stretches, padded(len(tokens)))
+    tokens += [0] * row.filler
+    return model.hidden(torch.tensor([tokens], device=pool.data.device), cache=row)[0]
+
+
+@torch.inference_mode()
+def logits(model: Decoder, x_RD: Tensor) -> Tensor:
+    """Logits in float32, [R, V]."""
+    rows = len(x_RD)
+    filler_D = x_RD[-1:].expand(padded(rows) - rows, -1)
+    return model.logits(torch.cat([x_RD, filler_D])[None])[0, :rows].float()
+
+
+def groups(parts: Sequence[tuple[int, Part]]) -> Iterator[list[tuple[int, Part]]]:
+    """Numbered parts whose wanted rows are HEAD_ROWS together, or the guesses of one if these are more."""
+    group: list[tuple[int, Part]] = []
+    for numbered in parts:
+        if group and sum(len(part.rows) for _, part in (*group, numbered)) > HEAD_ROWS:
+            yield group
+            group = []
+        group.append(numbered)
+    if group:
+        yield group
+
+
+def padded(rows: int) -> int:
+    """The next larger number of rows that steps have, four to an octave: every new one costs a CPU time and memory for
+    kernels of its own."""
+    step = max(1, 1 << max(rows.bit_length() - 3, 0))
+    return -(-rows // step) * step

@@ -1,0 +1,191 @@
+"""What the next step runs: who goes on, who enters, who makes room.
+
+Every running answer gets its next token before any prompt gets a part, so that long prompts do not stall answers; what
+is left of a step's tokens goes to prompts, in parts if need be. The order of both is the admission's. A sequence enters
+when there are blocks for all it has; when a running one finds no block, the least urgent one makes room: it forgets its
+keys and values, waits, and computes them anew later, except for those that are still found in the pool by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from satchel.core.seams import Admission
+from satchel.run.blocks import Blocks, digests
+from satchel.run.ledger import Ledger
+from satchel.run.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may take."""
+
+    blocks: int  # of the pool
+    batch: int = 64  # sequences that run at once
+    step_tokens: int = 512  # that the model sees in one step
+    context: int = 2048  # longest sequence
+
+
+@dataclass
+class Turn:
+    """The work of one step."""
+
+    work: dict[Sequence, int] = field(default_factory=dict)  # how many of its pending tokens each one runs
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy first, (from, to)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole step."""
+        return sum(self.work.values())
+
+
+class Scheduler:
+    """The sequences that wait and that run, and their blocks."""
+
+    def __init__(self, limits: Limits, blocks: Blocks, admission: Admission, clock: Callable[[], float]) -> None:
+        self.limits, self.blocks, self.admission, self.clock = limits, blocks, admission, clock
+        self.waiting: dict[Sequence, None] = {}  # in the order of arrival
+        self.running: dict[Sequence, None] = {}
+        self.ledger = Ledger()
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits."""
+        self.ledger.arrive(sequence.tenant, {s.tenant for s in (*self.waiting, *self.running)})
+        self.waiting[sequence] = None
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence ended, wherever it was."""
+        self.waiting.pop(sequence, None)
+        self.running.pop(sequence, None)
+        self._release(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """A sequence with the same tokens as a running one shares its blocks, if there is room to run it now."""
+        self.add(child)
+        if len(self.running) < self.limits.batch:
+            self._hold(child, parent.table)
+            child.cached = len(child.tokens)
+            self._run(child)
+
+    def next(self) -> Turn:
+        """Choose the work of a step, and take the blocks that it needs."""
+        turn, now = Turn(), self.clock()
+        order = sorted(self.running, key=lambda sequence: self._rank(sequence, now))
+        for sequence in sorted(order, key=lambda sequence: sequence.pending > 1):  # answers before prompts
+            if sequence in self.running:
+                self._go_on(sequence, turn, order)
+        for sequence in sorted(self.waiting, key=lambda sequence: self._rank(sequence, now)):
+            if turn.tokens == self.limits.step_tokens or not self._enter(sequence, turn, order):
+                break
+        for sequence, count in turn.work.items():
+            self.ledger.charge(sequence.tenant, count, sequence.said_count > 0)
+        return turn
+
+    def extend(self, sequence: Sequence, tokens: int) -> int:
+        """Blocks for up to so many tokens beyond those of the sequence, without disturbing others; how many fit."""
+        size = self.blocks.size
+        room = (len(sequence.table) + self.blocks.free) * size - len(sequence.tokens)
+        fits = max(0, min(tokens, room))
+        self._grow(sequence, len(sequence.tokens) + fits)
+        return fits
+
+    def seen(self, sequence: Sequence, cached: int) -> None:
+        """The model has seen the first `cached` tokens; full blocks become findable."""
+        if sequence not in self.running:
+            return
+        before, sequence.cached = sequence.cached // self.blocks.size, cached
+        full = cached // self.blocks.size
+        if full > len(sequence.digests):
+            sequence.digests = digests(sequence.tokens, self.blocks.size, sequence.root, sequence.digests)
+        for index in range(before, full):
+            self.blocks.publish(sequence.table[index], sequence.digests[index])
+
+    def check_integrity(self) -> None:
+        """Raises SatchelError where the pool and the sequences' tables contradict each other."""
+        self.blocks.check_integrity(s.table for s in (*self.running, *self.waiting))
+
+    def _rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
+        return *self.admission.rank(sequence, self.ledger.served(sequence.tenant), now), sequence.id, sequence.index
+
+    def _go_on(self, sequence: Sequence, turn: Turn, order: list[Sequence]) -> None:
+        """Give a running sequence its tokens of this step; the least urgent ones make room for it."""
+        count = min(sequence.pending, self.limits.step_tokens - turn.tokens)
+        if not count:
+            return
+        while not self._ready(sequence, sequence.cached + count, turn):
+            victim = next(s for s in reversed(order) if s in self.running)
+            self._preempt(victim, turn)
+            if victim is sequence:
+                return
+        turn.work[sequence] = count
+
+    def _enter(self, sequence: Sequence, turn: Turn, order: list[Sequence]) -> bool:
+        """Let a waiting sequence run if there is room, or those that it displaces make some."""
+        found = self._reusable(sequence)
+        while not self._fits(sequence, found):
+            victim = next((s for s in reversed(order) if s in self.running), None)
+            if victim is None or not self.admission.displaces(sequence, victim):
+                return False
+            self._preempt(victim, turn)
+        self._hold(sequence, found)
+        sequence.cached = len(found) * self.blocks.size
+        if not sequence.said_count:
+            sequence.reused = sequence.cached
+        self._grow(sequence, len(sequence.tokens))
+        self._run(sequence)
+        turn.work[sequence] = min(sequence.pending, self.limits.step_tokens - turn.tokens)
+        return True
+
+    def _reusable(self, sequence: Sequence) -> list[int]:
+        """Blocks of the pool that hold the sequence's beginning; its last token is always computed."""
+        if sequence.request.prompt_logprobs and not sequence.said_count:
+            return []
+        sequence.digests = digests(sequence.tokens, self.blocks.size, sequence.root, sequence.digests)
+        return self.blocks.match(sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.size])
+
+    def _fits(self, sequence: Sequence, found: list[int]) -> bool:
+        fresh = self.blocks.needed(len(sequence.tokens) + 1) - len(found)
+        idle = sum(block in self.blocks.idle for block in found)
+        return len(self.running) < self.limits.batch and fresh <= self.blocks.free - idle
+
+    def _ready(self, sequence: Sequence, tokens: int, turn: Turn) -> bool:
+        """Blocks of its own for the tokens up to so many; False if there are not enough."""
+        at = sequence.cached // self.blocks.size
+        shared = at < len(sequence.table) and self.blocks.refs[sequence.table[at]] > 1
+        if self.blocks.needed(tokens) - len(sequence.table) + shared > self.blocks.free:
+            return False
+        if shared:
+            old, sequence.table[at] = sequence.table[at], self.blocks.take()
+            self.blocks.release(old)
+            turn.copies.append((old, sequence.table[at]))
+        self._grow(sequence, tokens)
+        return True
+
+    def _grow(self, sequence: Sequence, tokens: int) -> None:
+        while len(sequence.table) * self.blocks.size < tokens:
+            sequence.table.append(self.blocks.take())
+
+    def _hold(self, sequence: Sequence, table: list[int]) -> None:
+        for block in table:
+            self.blocks.share(block)
+        sequence.table = list(table)
+
+    def _run(self, sequence: Sequence) -> None:
+        del self.waiting[sequence]
+        self.running[sequence] = None
+
+    def _preempt(self, sequence: Sequence, turn: Turn) -> None:
+        turn.work.pop(sequence, None)
+        del self.running[sequence]
+        self._release(sequence)
+        self.waiting[sequence] = None
+        sequence.preempted += 1
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """The last blocks are the first to be forgotten: a beginning is worth more, as others may share it."""
+        for block in reversed(sequence.table):
+            self.blocks.release(block)
+        sequence.table, sequence.cached = [], 0

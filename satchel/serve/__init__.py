@@ -1,0 +1,1 @@
+"""Admission: who runs next, and who makes room. A method is a file."""

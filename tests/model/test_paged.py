@@ -1,0 +1,144 @@
+"""Attention over pages equals attention over the whole past, however the tokens arrive and whatever the company."""
+
+import pytest
+import torch
+
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.paged import PAGE, Pool, Row, Stretch, paged_attention_in_torch
+from satchel.native import paged as native
+from tests.model.families import SHAPE
+from tests.model.test_cache import FAMILIES
+from tests.tolerances import TOLERANCE, same
+
+RNG = torch.Generator().manual_seed(0)
+PASTS, NEW = (0, 37, 200, 5, 15), (19, 1, 3, 1, 1)  # of five sequences
+paths = pytest.mark.parametrize("path", ["native", "torch"])
+
+
+def problem(dtype, heads=6, kv_heads=2, dim=24):
+    """New queries, keys and values in fused layout, and a pool that holds the pasts."""
+    count = sum(NEW)
+    q, k, v = (torch.randn(count, h * dim, generator=RNG).to(dtype) for h in (heads, kv_heads, kv_heads))
+    sizes = [-(-(past + new) // PAGE) for past, new in zip(PASTS, NEW, strict=True)]
+    order = torch.randperm(sum(sizes) + 2, generator=RNG)
+    pages_M, data = order[: sum(sizes)].to(torch.int32), torch.full((len(order), 2, kv_heads, PAGE * dim), torch.nan)
+    pasts = [torch.randn(2, past, kv_heads, dim, generator=RNG).to(dtype) for past in PASTS]
+    data = data.to(dtype)
+    starts, firsts, first, start = [], [], 0, 0
+    for past, new, size, (pk, pv) in zip(PASTS, NEW, sizes, pasts, strict=True):
+        starts.append(start), firsts.append(first)
+        for t in range(past):
+            block = pages_M[start + t // PAGE]
+            data[block, 0].view(kv_heads, dim, PAGE)[..., t % PAGE] = pk[t]
+            data[block, 1].view(kv_heads, PAGE, dim)[:, t % PAGE] = pv[t]
+        start, first = start + size, first + new
+    bounds = torch.tensor([starts, firsts, PASTS, [f + n for f, n in zip(firsts, NEW, strict=True)]], dtype=torch.int32)
+    shaped = (q.unflatten(1, (heads, dim)), k.unflatten(1, (kv_heads, dim)), v.unflatten(1, (kv_heads, dim)))
+    return shaped, data, pages_M, bounds, pasts
+
+
+def plainly(q, k, v, pasts, window, cap, scale=0.3):
+    """One query at a time, in float64."""
+    out, row = [], 0
+    for past, new, (pk, pv) in zip(PASTS, NEW, pasts, strict=True):
+        keys, values = torch.cat([pk, k[row : row + new]]).double(), torch.cat([pv, v[row : row + new]]).double()
+        for t in range(new):
+            seen = slice(max(0, past + t + 1 - (window or 10**9)), past + t + 1)
+            groups = q.shape[1] // k.shape[1]
+            ks, vs = (x[seen].repeat_interleave(groups, 1) for x in (keys, values))
+            score = torch.einsum("he,she->hs", q[row + t].double(), ks) * scale
+            score = cap * (score / cap).tanh() if cap else score
+            out.append(torch.einsum("hs,she->he", score.softmax(1), vs))
+        row += new
+    return torch.stack(out)
+
+
+def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0):
+    keys, values = data[:, 0], data[:, 1]
+    run = torch.ops.satchel.paged_attention if path == "native" else paged_attention_in_torch
+    return run(*shaped, keys, values, pages_M, bounds, 0.3, window, cap)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request):
+    if request.param == "native" and native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    return request.param
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (0, 2.0), (7, 2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_query_sees_its_own_past(path, dtype, window, cap):
+    shaped, data, pages_M, bounds, pasts = problem(dtype)
+    out = attended(path, shaped, data, pages_M, bounds, window, cap)
+    assert same(out, plainly(*shaped, pasts, window, cap).to(dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16), (4, 1, 40), (5, 1, 128)])
+def test_heads_of_any_shape(path, heads, kv_heads, dim):
+    shaped, data, pages_M, bounds, pasts = problem(torch.float32, heads, kv_heads, dim)
+    out = attended(path, shaped, data, pages_M, bounds)
+    assert same(out, plainly(*shaped, pasts, 0, 0.0).float())
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 150])
+def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window):
+    rng = torch.Generator().manual_seed(1)
+    count, dim = 300, 32
+    q, k, v = (torch.randn(count, h, dim, generator=rng).to(dtype) for h in (6, 2, 2))
+
+    def run(cuts, company, threads):
+        data, outs, at = torch.full((60, 2, 2, PAGE * dim), torch.nan, dtype=dtype), [], 0
+        table = torch.randperm(30, generator=rng).to(torch.int32)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for cut in cuts:
+            mine = [t[at : at + cut] for t in (q, k, v)]
+            others = [torch.randn(3, t.shape[1], dim, generator=rng).to(dtype) for t in mine] if company else []
+            shaped = [torch.cat([t, other]) for t, other in zip(mine, others, strict=True)] if company else mine
+            used = -(-(at + cut) // PAGE)
+            pages = torch.cat([table[:used], torch.tensor([40], dtype=torch.int32)])
+            bounds = torch.tensor([[0, used], [0, cut], [at, 0], [cut, cut + 3]], dtype=torch.int32)
+            bounds = bounds if company else bounds[:, :1].contiguous()
+            outs.append(attended("native", shaped, data, pages, bounds, window)[:cut])
+            at += cut
+        torch.set_num_threads(before)
+        return torch.cat(outs)
+
+    whole = run([300], False, 1)
+    assert torch.equal(run([300], True, 2), whole)
+    assert torch.equal(run([1] * 300, False, 1), whole)
+    assert torch.equal(run([17, 100, 3, 128, 52], True, 3), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_row_of_sequences_gives_the_logits_of_each_alone(family):
+    decoder = Decoder(ModelConfig.from_hf(SHAPE | FAMILIES[family]))
+    decoder.init_weights(torch.Generator().manual_seed(1), std=0.2)
+    decoder.eval()
+    pool = Pool(decoder.config, 8, torch.float32)
+    a, b = torch.randint(0, 101, (2, 23), generator=RNG)
+    tables, logits = ([3, 1], [0, 5]), {0: [], 1: []}
+    for (begin_a, end_a), (begin_b, end_b) in (((0, 9), (0, 20)), ((9, 10), (20, 21)), ((10, 23), (21, 23))):
+        row = Row(
+            pool, [Stretch(tables[0], begin_a, end_a - begin_a), Stretch(tables[1], begin_b, end_b - begin_b)], 40
+        )
+        tokens = torch.cat([a[begin_a:end_a], b[begin_b:end_b], torch.zeros(row.filler, dtype=torch.int64)])
+        out = decoder(tokens[None], cache=row)[0]
+        logits[0].append(out[: end_a - begin_a]), logits[1].append(out[end_a - begin_a :][: end_b - begin_b])
+    for tokens, parts in zip((a, b), logits.values(), strict=True):
+        expected = decoder(tokens[None])[0]
+        assert (torch.cat(parts) - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+def test_copied_blocks_are_equal_and_others_untouched():
+    pool = Pool(ModelConfig.from_hf(SHAPE | {"model_type": "llama"}), 4, torch.float32)
+    pool.data.copy_(torch.randn(pool.data.shape, generator=RNG))
+    before = pool.data.clone()
+    pool.copy([(0, 2), (2, 3)])
+    assert torch.equal(pool.data[2], before[0]) and torch.equal(pool.data[3], before[0])
+    assert torch.equal(pool.data[:2], before[:2])
