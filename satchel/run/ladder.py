@@ -24,7 +24,7 @@ from satchel.core import book
 from satchel.core.book import Entry
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
-from satchel.run.rung import DEFAULTS, MARGIN, SLOTS, Pricing, Rung, changed_slots
+from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
 
 WORTH = 0.05  # a method is tried if it saves an account that makes at least this share of the peak
 TURNS = 4  # rehearsals to turn one dial
@@ -70,7 +70,7 @@ class Ladder:
                     break
                 job = lighter
         own = [self._single(job), *(rung for rung in self.rungs if not rung.advice)]
-        return min(own, key=lambda rung: rung.needs_bytes)
+        return min(own, key=lambda rung: rung.peak_bytes)
 
     def advise(self) -> None:
         """Add what another kind of job would need, an adapter where all weights were to be tuned: never chosen."""
@@ -126,7 +126,7 @@ class Ladder:
         for option in options:
             (slot,) = (slot for slot in SLOTS if getattr(option, slot) != getattr(job, slot))
             saved = sum(rung.accounts.get(account, 0) for account in _entry(option, slot).card.saves)
-            if rung.needs_bytes - (1 + MARGIN) * saved <= self.pricing.budget:
+            if rung.peak_bytes - saved <= self.pricing.budget:
                 yield option
 
     def _light(self, options: list[TuneJob]) -> list[TuneJob]:

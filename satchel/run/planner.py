@@ -54,7 +54,7 @@ class Plan:
         """The chosen rung. Raises DoesNotFit, with what would do."""
         if self.chosen:
             return self.chosen
-        needs = format_bytes(self.rungs[0].needs_bytes)
+        needs = format_bytes(self.rungs[0].peak_bytes)
         cures = ". ".join([f"the job needs {needs} and the budget is {self.budget}", *self.cures()])
         raise DoesNotFit(f"{cures}. `satchel plan tune` shows the ladder")
 
@@ -98,7 +98,7 @@ def plan(
     budget = free if job.memory == "auto" else parse_bytes(job.memory)
     label = f"{format_bytes(budget)} (free now)" if job.memory == "auto" else format_bytes(budget)
     install_pool() if machine.kind == "cpu" else None
-    warm_up(job, machine.kind)
+    warm_up(job, config, machine.kind)
     ladder = Ladder(job, Pricing(job, config, machine, budget, extent or Extent(), read_measured()))
     chosen = ladder.climb()
     smallest = ladder.smallest() if look_for_smallest or not chosen else None
@@ -117,5 +117,5 @@ def _config(model: str) -> ModelConfig:
 
 def _sufficient(rung: Rung) -> int:
     """A budget of three digits that does for a rung in another process than this."""
-    needs = (rung.needs_bytes + DRIFT * (PROCESS in rung.accounts)) * ROUNDING
+    needs = (rung.peak_bytes + DRIFT * (PROCESS in rung.accounts)) * ROUNDING
     return parse_bytes(format_bytes(needs))

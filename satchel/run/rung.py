@@ -21,8 +21,8 @@ from satchel.run.memory import install_pool, resident_bytes
 from satchel.run.rehearse import Rehearsal, rehearse
 
 PROCESS = "process"  # the account of what is not tensors: Python, torch, compiled kernels
-GROWTH = 40 << 20  # kernels that oneDNN makes for the job's own shapes, and the like; measured in bench/plan
-MARGIN = 0.03  # of the job's tensors, on top of the prediction
+GROWTH = 24 << 20  # what a process grows by after `warm_up`, +-20 MiB; measured in bench/budget
+BLOCKS = 0.03  # of the job's tensors: what CUDA's allocator holds beside them in its blocks; not measured yet
 LOOSE_HEAP = 0.65  # the C library's heap holds this much more than is live, beside the weights; measured in bench/plan
 SLOTS = ("activations", "optimizer", "format")  # that the planner may fill
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(TuneJob)}
@@ -54,16 +54,11 @@ class Rung:
     fits: bool
     advice: bool = False  # another kind of job: never chosen
 
-    @property
-    def needs_bytes(self) -> int:
-        """The budget under which it fits: its peak and the margin on its tensors."""
-        return self.peak_bytes + int(MARGIN * self.rehearsal.peak.peak_bytes) + 1
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; docs/PLAN.md says what they are."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("job", "rehearsal")}
         phases = {phase.name: {"peak_bytes": phase.peak_bytes, **phase.accounts} for phase in self.rehearsal.phases}
-        more = {"needs_bytes": self.needs_bytes, "phases": phases, "tokens_per_step": self.rehearsal.tokens}
+        more = {"phases": phases, "tokens_per_step": self.rehearsal.tokens}
         return plain | {"job": self.job.to_dict()} | more
 
 
@@ -95,7 +90,7 @@ class Pricing:
             costs=", ".join(self._costs(job)),
             fits=False,
         )
-        return dataclasses.replace(rung, fits=rung.needs_bytes <= self.budget)
+        return dataclasses.replace(rung, fits=rung.peak_bytes <= self.budget)
 
     def loss_ratio(self, job: TuneJob) -> float | None:
         """The product over what changed; None if any of it was not measured as it is. Exact methods change nothing."""
@@ -152,7 +147,7 @@ class Pricing:
     def _process(self, rehearsal: Rehearsal) -> dict[str, int]:
         """What the process holds beside its tensors, on the device that computes."""
         if self.machine.kind == "cuda":
-            return {}
+            return {PROCESS: int(BLOCKS * rehearsal.peak.peak_bytes)}
         pool, loose = install_pool(), 0
         if pool is None:
             loose = int(LOOSE_HEAP * (rehearsal.peak.peak_bytes - rehearsal.peak.accounts.get("weights", 0)))

@@ -1,7 +1,9 @@
 """Bring the process to its working size before its memory is predicted: run the job in miniature, for real.
 
-A job's first step loads what later ones share: kernels, threads, modules that torch and others import when first used.
-These bytes belong to no tensor, so no rehearsal sees them; a job of a million parameters costs the same.
+A job's first step loads what later ones share: kernels for the shapes of its products, their buffers, threads, modules
+that torch and others import when first used. These bytes belong to no tensor, so no rehearsal sees them. The miniature
+has two of the job's own blocks and few tokens in its vocabulary; where a block is large, narrow ones stand in: what
+they miss is little beside such a model.
 """
 
 import dataclasses
@@ -17,26 +19,45 @@ from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.linear import dense_OI, linears, swap
 from satchel.run.assemble import DTYPES, Assembly, assemble
+from satchel.run.export import PROMPT_TOKENS, merge_checked
 from satchel.run.step import mean_loss, train_step
 
 MINIATURE = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2}
 MINIATURE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-5}
-MINIATURE |= {"max_position_embeddings": 512, "tie_word_embeddings": True, "hidden_act": "silu"}
-TOKENS = 160
+MINIATURE |= {"max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu"}
+VOCAB = 512
+BLOCKS = 16 << 20  # parameters of two blocks that are run as they are
+TOKENS = 1024  # at most
 USED_LATER = ("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "matplotlib.figure")  # if installed
 
 
-def warm_up(job: TuneJob, device: str) -> None:
-    """Two optimizer steps and an evaluation of `job`'s methods on a model of two layers; well under a second."""
+def warm_up(job: TuneJob, config: ModelConfig, device: str) -> None:
+    """Two optimizer steps, an evaluation and what export does, on a model of two blocks; about a second."""
     for name in USED_LATER:
         if find_spec("tensorboard" if "tensorboard" in name else "matplotlib"):
             import_module(name)
-    methods = {"adapter": job.adapter if job.adapter == "none" else "lora", "dtype": job.dtype}
-    small = dataclasses.replace(TuneJob(model=job.model, data=job.data), context=TOKENS, batch=1, **methods)
-    assembly, batch = real(small, ModelConfig.from_hf(MINIATURE), device, (TOKENS - 60, 60))
+    context = min(job.context, TOKENS)
+    small = job.replace(optimizer="adamw", activations="none")
+    assembly, batch = real(small, miniature(config), device, (context,) * max(min(job.batch, TOKENS // context), 1))
     for _ in range(2):
         train_step(assembly, [batch], 0.0)
     mean_loss(assembly, [batch])
+    if assembly.adapter is not None and job.merge:
+        _merge(assembly)
+
+
+def miniature(config: ModelConfig) -> ModelConfig:
+    """Two blocks of the model, or of a narrow one if those would be large, and a small vocabulary."""
+    small = dataclasses.replace(config, layers=min(config.layers, 2), vocab=VOCAB)
+    return small if small.parameters <= BLOCKS else ModelConfig.from_hf(MINIATURE)
+
+
+@torch.no_grad()
+def _merge(assembly: Assembly) -> None:
+    for parameter in assembly.model.parameters():
+        parameter.add_(0.01)  # a change of zero would be refused
+    prompt_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
+    merge_checked(assembly.model, prompt_1T)
 
 
 def real(job: TuneJob, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:

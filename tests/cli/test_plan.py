@@ -26,7 +26,7 @@ def rung(changes, peak, **facts):
         "seconds": {},
     }
     rehearsal = SimpleNamespace(phases=phases)
-    sizes = {"peak_bytes": parse_bytes(peak), "needs_bytes": parse_bytes(peak)}
+    sizes = {"peak_bytes": parse_bytes(peak)}
     return SimpleNamespace(changes=changes, rehearsal=rehearsal, **sizes, **(defaults | facts))
 
 

@@ -39,7 +39,7 @@ def test_a_refusal_names_the_smallest_budget_of_this_kind_and_apart_from_it_anot
 def test_the_smallest_budget_fits_when_it_is_typed_as_it_is_printed(refused):
     budget = format_bytes(refused.smallest_bytes)
     again = plan(refused.job.replace(memory=budget), look_for_smallest=False).require()
-    assert again.job.adapter == "none" and again.needs_bytes <= refused.smallest_bytes
+    assert again.job.adapter == "none" and again.peak_bytes <= refused.smallest_bytes
 
 
 def test_what_is_free_now_is_a_budget_and_the_job_as_given_its_only_rung(job):
