@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from satchel.core.errors import SatchelError as SatchelError
     from satchel.core.errors import UnknownName as UnknownName
     from satchel.core.errors import UserError as UserError
+    from satchel.core.job import PretrainJob as PretrainJob
     from satchel.core.job import TuneJob as TuneJob
     from satchel.core.report import Report as Report
     from satchel.model.load import load as load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from satchel.run.export import merge as merge
     from satchel.run.generate import generate as generate
     from satchel.run.planner import plan as plan
+    from satchel.run.pretrain import pretrain as pretrain
     from satchel.run.tune import tune as tune
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ HOMES = {
     "DoesNotFit": "core.errors",
     "JobError": "core.errors",
     "ModelError": "core.errors",
+    "PretrainJob": "core.job",
     "Report": "core.report",
     "SatchelError": "core.errors",
     "TuneJob": "core.job",
@@ -43,6 +46,7 @@ HOMES = {
     "load_tokenizer": "model.source",
     "merge": "run.export",
     "plan": "run.planner",
+    "pretrain": "run.pretrain",
     "save": "model.save",
     "tune": "run.tune",
 }

@@ -24,22 +24,26 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 
 JOB_FLAGS = """
     --config --model --data --out --eval-data --eval-share --eval-rows --device --memory --dtype --adapter --optimizer
-    --schedule --activations --format --objective --lr --context --batch --micro-batch --packing --no-packing --steps
+    --schedule --activations --format --objective --lr --context --batch --micro-batch --steps
     --epochs --clip --seed --eval-every --save-every --resume --no-resume --merge --no-merge
 """
+TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
+PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture "
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script
     "bench": "",
     "chat": "--adapter --prompt --system --raw --max-tokens --temperature --top-p --seed --dtype --device",
     "doctor": "",
     "list": "--json",
     "merge": "",
-    "plan tune": JOB_FLAGS + "--explain --json",
+    "plan pretrain": PRETRAIN_FLAGS + "--explain --json",
+    "plan tune": TUNE_FLAGS + "--explain --json",
+    "pretrain": PRETRAIN_FLAGS,
     "show": "",
-    "tune": JOB_FLAGS,
+    "tune": TUNE_FLAGS,
 }
 PUBLIC = """
-    Budget DataError DoesNotFit JobError ModelError Report SatchelError TuneJob UnknownName UserError generate load
-    load_tokenizer merge plan save tune __version__
+    Budget DataError DoesNotFit JobError ModelError PretrainJob Report SatchelError TuneJob UnknownName UserError
+    generate load load_tokenizer merge plan pretrain save tune __version__
 """
 
 

@@ -13,7 +13,8 @@ from satchel.cli.console import complain, forgive_encodings, out
 from satchel.cli.doctor import doctor
 from satchel.cli.list import list_methods
 from satchel.cli.merge import merge
-from satchel.cli.plan import plan_tune
+from satchel.cli.plan import plan_pretrain, plan_tune
+from satchel.cli.pretrain import pretrain
 from satchel.cli.show import show
 from satchel.cli.tune import tune
 from satchel.core.errors import SatchelError
@@ -36,7 +37,9 @@ app.command("list")(list_methods)
 app.command("show")(show)
 app.add_typer(plans, name="plan", help="Rehearse a job: does it fit, and what would make it fit?")
 plans.command("tune")(plan_tune)
+plans.command("pretrain")(plan_pretrain)
 app.command("tune")(tune)
+app.command("pretrain")(pretrain)
 app.command("chat")(chat)
 app.command("merge")(merge)
 app.command("bench")(bench)

@@ -1,4 +1,4 @@
-"""`satchel plan tune`: the ladder of a job, rung by rung."""
+"""`satchel plan tune` and `satchel plan pretrain`: the ladder of a job, rung by rung."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from satchel.cli.console import out, table
 from satchel.cli.options import takes_job
 from satchel.core.card import ACCOUNTS
-from satchel.core.job import TuneJob
+from satchel.core.job import Job, PretrainJob, TuneJob
 from satchel.core.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 WAITING = "rehearsing the job; on first use this machine's speed is measured too, which takes half a minute"
 
 
+Explain = Annotated[bool, typer.Option("--explain", help="Show the peak of each phase, and what makes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 @takes_job
-def plan_tune(
-    job: TuneJob,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the peak of each phase, and what makes it.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def plan_tune(job: TuneJob, explain: Explain = False, as_json: AsJson = False) -> None:
     """Rehearse a tuning job without allocating it: does it fit, what would make it fit, and at what cost?"""
+    _plan(job, explain, as_json)
+
+
+@takes_job
+def plan_pretrain(job: PretrainJob, explain: Explain = False, as_json: AsJson = False) -> None:
+    """Rehearse a pre-training job without allocating it: does it fit, what would make it fit, and at what cost?"""
+    _plan(job, explain, as_json)
+
+
+def _plan(job: Job, explain: bool, as_json: bool) -> None:
+    """Print the plan; exit code 2 if nothing fits."""
     from satchel.run.planner import plan
 
     with nullcontext() if as_json else out.status(WAITING):

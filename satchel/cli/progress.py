@@ -1,7 +1,8 @@
-"""How `satchel tune` shows a running job: a live bar in a terminal, a line now and then anywhere else."""
+"""How a running job is shown: a live bar in a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from satchel.cli.console import out
 from satchel.cli.plan import WAITING, print_plan
 from satchel.cli.receipt import print_receipt
 from satchel.core.report import Report
@@ -43,7 +45,9 @@ class _Talking(Report):
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         """The line of an evaluation."""
-        self.note(f"step {metrics['step']:g}: held-out loss {metrics['held_out_loss']:.3f}")
+        parts = {name.partition("/")[2]: loss for name, loss in metrics.items() if name.startswith("held_out_loss/")}
+        each = f" ({', '.join(f'{name} {loss:.3f}' for name, loss in parts.items())})" if parts else ""
+        self.note(f"step {metrics['step']:g}: held-out loss {metrics['held_out_loss']:.3f}{each}")
 
     def memory(self, metrics: dict[str, float]) -> str:
         """`612 MiB of 900 MiB`, or an empty text before the first measurement."""
@@ -59,7 +63,7 @@ class RichProgress(_Talking):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.bar = Progress(
-            TextColumn("tuning"),
+            TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
@@ -83,7 +87,7 @@ class RichProgress(_Talking):
         super().plan(plan)
 
     def begin(self, total_steps: int) -> None:
-        self.task = self.bar.add_task("tune", total=total_steps, loss="-", rate="-", memory="")
+        self.task = self.bar.add_task("train", total=total_steps, loss="-", rate="-", memory="")
         self.bar.start()
 
     def step(self, metrics: dict[str, float]) -> None:
@@ -138,3 +142,8 @@ class PlainProgress(_Talking):
         if step == first_step or step >= self.total:
             return ""
         return format_seconds((now - first_s) / (step - first_step) * (self.total - step)) + " left"
+
+
+def progress() -> RichProgress | PlainProgress:
+    """What suits where stdout goes; a context manager."""
+    return RichProgress(out) if sys.stdout.isatty() else PlainProgress(out)

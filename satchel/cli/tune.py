@@ -1,10 +1,7 @@
 """`satchel tune`: plan, train inside the budget, save, and hand back the receipt."""
 
-import sys
-
-from satchel.cli.console import out
 from satchel.cli.options import takes_job
-from satchel.cli.progress import PlainProgress, RichProgress
+from satchel.cli.progress import progress
 from satchel.core.job import TuneJob
 
 
@@ -13,5 +10,5 @@ def tune(job: TuneJob) -> None:
     """Tune a model on data, inside the budget; leaves an adapter or a model and a receipt in the output folder."""
     from satchel.run.tune import tune as run_tune
 
-    with RichProgress(out) if sys.stdout.isatty() else PlainProgress(out) as report:
+    with progress() as report:
         run_tune(job, report)

@@ -34,7 +34,8 @@ class Knob:
         return self._checked(_parse, text, where)
 
     def accept(self, value: Any, where: str) -> Any:
-        """The value itself if it is of the knob's kind; an integer where a float is due becomes one."""
+        """The value itself if it is of the knob's kind; an integer where a float is due becomes one, and one value
+        where several may stand a tuple of it."""
         return self._checked(_accept, value, where)
 
     def holds(self, value: Any) -> bool:
@@ -139,7 +140,7 @@ def _accept(kind: ast.expr, value: Any) -> Any:
             options = ast.literal_eval(choices)
             return value if value in (options if isinstance(options, tuple) else (options,)) else _refuse()
         case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[item, *_])):
-            return tuple(_accept(item, v) for v in value) if type(value) in (list, tuple) else _refuse()
+            return tuple(_accept(item, v) for v in (value if type(value) in (list, tuple) else (value,)))
         case ast.Name(id="float"):
             return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _refuse()
         case ast.Name(id=name):

@@ -30,8 +30,10 @@ __all__ = [
     "Card",
     "Closure",
     "Decoding",
+    "Domain",
     "Draft",
     "Method",
+    "Mixture",
     "Objective",
     "OptimizerMethod",
     "Proposer",
@@ -160,6 +162,29 @@ class Schedule(Method):
     @abstractmethod
     def at(self, step: int, steps: int) -> float:
         """The factor on the peak learning rate, for step `step` (from 0) of `steps`; in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a mixture knows of one source of text."""
+
+    name: str
+    share: float  # of all tokens, as the job weighs it or as they lie; those of all domains sum to 1
+    pass_steps: float  # optimizer steps that one pass over it would fill by itself
+
+
+class Mixture(Method):
+    """From which sources of text a step draws its rows."""
+
+    slot = "mixture"
+
+    @abstractmethod
+    def at(self, step: int, steps: int, domains: Sequence[Domain]) -> tuple[float, ...]:
+        """The share of each domain in step `step` (from 0) of `steps`: none negative, their sum 1.
+
+        The loop deals whole rows so that what each domain has given never strays from the sum of its shares.
+        Raises UserError where the mixture cannot be made of these domains.
+        """
 
 
 class Activations(Method):

@@ -12,6 +12,7 @@ from torch import nn
 
 from satchel.core.errors import ModelError
 from satchel.core.seams import WeightFormat
+from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.linear import dense_OI, linears, swap
 from satchel.model.source import Source, find_source
@@ -34,6 +35,13 @@ def load(
     check(source, decoder)
     with source.reader() as reader:
         return fill(decoder, source.parts, reader, device, format)
+
+
+def draw(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> Decoder:
+    """A decoder of random weights, in evaluation mode; on one kind of device a seed gives the same ones each time."""
+    decoder = Decoder(config, dtype, device)
+    decoder.init_weights(torch.Generator(device).manual_seed(seed))
+    return decoder.eval()
 
 
 def fill(

@@ -59,7 +59,8 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     why = f" ({others[0]} is a pickle, which may run code)" if others else ""
     raise ModelError(
-        f"{folder}: no weights: neither model.safetensors nor its index{why}; fetch the whole folder, as safetensors"
+        f"{folder}: no weights: neither model.safetensors nor its index{why}; fetch the whole folder, as safetensors "
+        "(pretraining from random weights, --scratch, needs none)"
     )
 
 

@@ -46,34 +46,40 @@ class Source:
         return Reader(self.tensors)
 
 
-def find_source(name: str) -> Source:
-    """Find a model by name. ModelError, naming the cure, if there is none or it cannot be read."""
+def find_source(name: str, weights: bool = True) -> Source:
+    """Find a model by name; without `weights` a folder needs none, and its tensors are left out.
+
+    ModelError, naming the cure, if there is none or it cannot be read.
+    """
     path = demo_path() if name == "demo" else Path(name).expanduser()
     if path.is_file():
         if path.suffix in (".safetensors", ".json"):
             raise ModelError(f"{path}: one file of a model; give the folder that holds it, {path.parent}")
         return _gguf(name, path)
     if path.is_dir():
-        return _folder(name, path)
+        return _folder(name, path, weights)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         hint = nearest(name, ["demo"]) if "/" not in name else ""
         hint = f"{hint} " if hint.startswith("did") else ""
         raise ModelError(
             f"no model at '{name}'; {hint}give a folder, a .gguf file, a hub id such as 'owner/name', or 'demo'"
         )
-    return _folder(name, _fetch(name))
+    return _folder(name, _fetch(name), weights)
 
 
-def load_tokenizer(source: Source | str) -> Tokenizer:
-    """The tokenizer that belongs to a model. ModelError if there is none or it does not match the model."""
+def load_tokenizer(source: Source | str, config: ModelConfig | None = None) -> Tokenizer:
+    """The tokenizer that belongs to a model. ModelError if there is none or it does not match the model.
+
+    With a `config`, the model that it has to match is that one, such as a new one that borrows the tokenizer.
+    """
     source = find_source(source) if isinstance(source, str) else source
     tokenizer = gguf_tokenizer(source.metadata) if source.kind == "gguf" else folder_tokenizer(source.path)
-    last = tokenizer.size - 1
-    if last >= source.config.vocab:
+    last, vocab = tokenizer.size - 1, (config or source.config).vocab
+    if last >= vocab:
         raise ModelError(
             f"{source.name}: the tokenizer does not match the model: its token "
             f"'{tokenizer.backend.id_to_token(last)}' has id {last}, "
-            f"the model has {source.config.vocab} rows of embeddings; take both from the same place"
+            f"the model has {vocab} rows of embeddings; take both from the same place"
         )
     return tokenizer
 
@@ -97,14 +103,17 @@ def _gguf(name: str, path: Path) -> Source:
     return Source(name, "gguf", path, config, file.tensors, gguf_parts(file, config), file.metadata)
 
 
-def _folder(name: str, path: Path) -> Source:
+def _folder(name: str, path: Path, weights: bool) -> Source:
     hf = read_json(path / "config.json")
     if not hf:
         raise ModelError(f"{path}: no config.json, so it holds no model; give the folder that has one")
     if packing := hf.get("quantization_config"):
         method = packing.get("quant_method", "some method") if isinstance(packing, dict) else packing
         raise ModelError(f"{path}: the weights are quantized by {method}; give the original, and pack it with --format")
-    config, tensors = ModelConfig.from_hf(hf), read_folder(path)
+    config = ModelConfig.from_hf(hf)
+    if not weights:
+        return Source(name, "folder", path, config, {}, {})
+    tensors = read_folder(path)
     recipes = house_recipes(config, tensors)
     parts = {ours: _part(recipe, tensors[recipe.sources[0]]) for ours, recipe in recipes.items()}
     return Source(name, "folder", path, config, tensors, parts)

@@ -4,6 +4,7 @@ A thin layer over the `tokenizers` library that knows the model's special tokens
 itself as the files that transformers reads. Nothing from a model folder is executed.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,11 @@ class Tokenizer:
                 "this model has no chat template; use prompt/completion or plain text records, or a model tuned to chat"
             )
         return ChatTemplate(self.chat_template, self.special)
+
+    def key(self) -> str:
+        """A hash of all that decides how a text is encoded."""
+        spelled = self.backend.to_str() + json.dumps(dict(self.special), sort_keys=True)
+        return hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""

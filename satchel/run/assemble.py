@@ -11,13 +11,12 @@ from torch import nn
 
 from satchel.core.book import make
 from satchel.core.errors import UserError
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.core.seams import Adapter, Objective, Schedule
 from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of weights, by their names in a job
-LR_ADAPTER, LR_FULL = 1e-3, 1e-4  # peak learning rates of a job that names none
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Assembly:
     rng: torch.Generator | None = None  # the objective's randomness
 
 
-def assemble(job: TuneJob, decoder: Decoder) -> Assembly:
+def assemble(job: Job, decoder: Decoder) -> Assembly:
     """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
 
     Raises UserError if a method or knob is unknown, or the context is longer than the model was made for.
@@ -50,14 +49,13 @@ def assemble(job: TuneJob, decoder: Decoder) -> Assembly:
     decoder.wrap_blocks(make("activations", job.activations), Path(job.out))
     decoder.train()
     parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-    lr = job.lr or (LR_FULL if adapter is None else LR_ADAPTER)
     return Assembly(
         model=decoder,
-        optimizer=make("optimizer", job.optimizer).build(parameters, lr, job.seed),
+        optimizer=make("optimizer", job.optimizer).build(parameters, job.peak_lr, job.seed),
         objective=make("objective", job.objective),
         schedule=make("schedule", job.schedule),
         parameters=parameters,
-        lr=lr,
+        lr=job.peak_lr,
         clip=job.clip,
         adapter=adapter,
         rng=rng,

@@ -20,7 +20,7 @@ import numpy as np
 
 from satchel.core.errors import DataError, UserError
 from satchel.core.job import TuneJob
-from satchel.run.packing import Rows, pack
+from satchel.run.packing import Stream, pack
 from satchel.run.records import Place, Record, kind_of, read_records
 
 
@@ -57,13 +57,20 @@ class Corpus:
         )
         return np.frombuffer(digests, dtype=np.uint64)
 
+    def digest(self) -> str:
+        """A hash of all tokens and of which are learnt."""
+        digest = hashlib.blake2b(digest_size=16)
+        for values in (self.tokens_N, self.learnt_N):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Dataset:
     """What a run trains on and what it is measured on; no document is in both."""
 
-    train: Rows
-    held_out: Rows  # may be empty
+    train: Stream
+    held_out: Stream  # may be empty
     kind: str
     notes: tuple[str, ...] = ()  # what happened to long records, and the like
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 from satchel.core.disk import writing
 from satchel.core.errors import UserError
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.model.disk import replace_text
 
 CLAIM = "run.json"
+J = TypeVar("J", bound=Job)
 # Fields that may change on a resume: they say where and how often, not what is computed.
 FREE = frozenset({"out", "resume", "merge", "memory", "device", "micro_batch", "eval_every", "save_every"})
 
 
-def check_out(job: TuneJob) -> None:
+def check_out(job: Job) -> None:
     """Refuse, before anything is loaded, an output folder that this job may not write to. Raises UserError."""
     out = Path(job.out)
     if out.exists() and not out.is_dir():
@@ -30,25 +32,28 @@ def check_out(job: TuneJob) -> None:
         raise UserError(f"out: {out} exists and is not empty; {cure} name another --out")
 
 
-def begun_with(out: str | Path) -> TuneJob | None:
-    """The job that a folder's run was begun with; None if there is none. Raises UserError if it cannot be read."""
+def begun_with(out: str | Path, kind: type[J]) -> J | None:
+    """The job that a folder's run was begun with; None if there is none.
+
+    Raises UserError if it cannot be read, or is a job of another kind.
+    """
     path = Path(out) / CLAIM
     if not path.exists():
         return None
     try:
-        return TuneJob.from_dict(json.loads(path.read_text())["job"], where=str(path))
+        return kind.from_dict(json.loads(path.read_text())["job"], where=str(path))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); start again with another out") from None
 
 
-def require_same(job: TuneJob, before: TuneJob) -> None:
+def require_same(job: Job, before: Job) -> None:
     """Raises UserError, naming the field, unless a resumed job computes what the run was begun with."""
     for name, value in job.to_dict().items():
         if name not in FREE and getattr(before, name) != value:
             raise UserError(f"resume: {name} was {getattr(before, name)!r} and is {value!r}; {_way_out(job.out)}")
 
 
-def claim(job: TuneJob, data: str, model: str) -> None:
+def claim(job: Job, data: str, model: str) -> None:
     """Take the folder for a new run, or check that a resumed one is the same job on the same data and model.
 
     Raises UserError that names the field that changed, NoDisk if the folder cannot be written.
@@ -56,7 +61,7 @@ def claim(job: TuneJob, data: str, model: str) -> None:
     check_out(job)
     path = Path(job.out) / CLAIM
     mine = {"job": job.to_dict(), "data": data, "model": model}
-    before = begun_with(job.out) if job.resume else None
+    before = begun_with(job.out, type(job)) if job.resume else None
     if before is None:
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.core.errors import DoesNotFit
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.source import find_source
@@ -27,7 +27,7 @@ ROUNDING = 1.005  # what is printed has three digits, and has to do when it is t
 class Plan:
     """The rungs in the order in which they were tried, and the one to run."""
 
-    job: TuneJob
+    job: Job
     budget: str
     budget_bytes: int
     device: str
@@ -56,7 +56,7 @@ class Plan:
             return self.chosen
         needs = format_bytes(self.rungs[0].peak_bytes)
         cures = ". ".join([f"the job needs {needs} and the budget is {self.budget}", *self.cures()])
-        raise DoesNotFit(f"{cures}. `satchel plan tune` shows the ladder")
+        raise DoesNotFit(f"{cures}. `satchel plan {self.job.verb}` shows the ladder")
 
     def cures(self) -> list[str]:
         """What would do where nothing of this kind fits, as sentences without their dots."""
@@ -85,7 +85,7 @@ class Plan:
 
 
 def plan(
-    job: TuneJob, config: ModelConfig | None = None, extent: Extent | None = None, look_for_smallest: bool = True
+    job: Job, config: ModelConfig | None = None, extent: Extent | None = None, look_for_smallest: bool = True
 ) -> Plan:
     """Climb the ladder of a job. `extent`: what its data says of it; by default rows of the whole context.
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from satchel.core.book import make
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.core.seams import Activations, Run
 from satchel.model.batch import Batch
 from satchel.model.block import Block
@@ -66,7 +66,7 @@ class _NoFiles(FakeReader):
         """Leaves `out` as it is."""
 
 
-def rehearse(job: TuneJob, config: ModelConfig, lengths: tuple[int, ...] = (), device: str = "cpu") -> Rehearsal:
+def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), device: str = "cpu") -> Rehearsal:
     """Rehearse a tune job; it takes about a second, whatever the model's size.
 
     `lengths` are the documents of its largest micro-batch; without, rows of the full context. Raises UserError where
@@ -125,7 +125,7 @@ class _Marking(Activations):
         return marked
 
 
-def _kinds(job: TuneJob, config: ModelConfig) -> list[tuple[Hashable, ...]]:
+def _kinds(job: Job, config: ModelConfig) -> list[tuple[Hashable, ...]]:
     """What differs between the layers of the model or in how the job runs them, which its policy's functions show."""
     policy = make("activations", job.activations)
     wrap = policy.start(config.layers) if policy else lambda block, index: block
@@ -135,7 +135,7 @@ def _kinds(job: TuneJob, config: ModelConfig) -> list[tuple[Hashable, ...]]:
     return list(zip(config.layer_kinds, kinds, strict=True))
 
 
-def _stage(job: TuneJob, config: ModelConfig, layers: list[int], device: str, tracker: Tracker) -> Assembly:
+def _stage(job: Job, config: ModelConfig, layers: list[int], device: str, tracker: Tracker) -> Assembly:
     """Build and assemble the job with these layers alone, all parameters labelled, every stretch of a step marked."""
     tracker.mark("load", "model")
     pattern = tuple(config.layer_kinds[index] for index in layers)
@@ -191,7 +191,7 @@ def _evaluate(assembly: Assembly, batch: Batch) -> None:
     assembly.objective.loss(assembly.model, batch, assembly.rng)
 
 
-def _save(job: TuneJob, assembly: Assembly, tracker: Tracker) -> None:
+def _save(job: Job, assembly: Assembly, tracker: Tracker) -> None:
     """Merge and check as `export` does, if the job does; write what it leaves behind, tensor by tensor, to nowhere."""
     assembly.optimizer.state.clear()
     if assembly.adapter is not None and job.merge:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from satchel.core import book
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.model.batch import whole
 from satchel.model.config import ModelConfig
 from satchel.run.device import Device
@@ -25,7 +25,7 @@ GROWTH = 24 << 20  # what a process grows by after `warm_up`, +-20 MiB; measured
 BLOCKS = 0.03  # of the job's tensors: what CUDA's allocator holds beside them in its blocks; not measured yet
 LOOSE_HEAP = 0.65  # the C library's heap holds this much more than is live, beside the weights; measured in bench/plan
 SLOTS = ("activations", "optimizer", "format")  # that the planner may fill
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(TuneJob)}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Job)}
 Measurements = dict[tuple[str, str], Measured]
 
 
@@ -43,7 +43,7 @@ class Rung:
     """One way to run the job."""
 
     changes: tuple[str, ...]  # what differs from the job as given, `activations=full`
-    job: TuneJob
+    job: Job
     rehearsal: Rehearsal
     peak_bytes: int  # of the whole process on the device that computes
     accounts: dict[str, int]  # of that peak
@@ -66,14 +66,14 @@ class Rung:
 class Pricing:
     """Makes rungs: rehearses jobs of one model on one device."""
 
-    given: TuneJob
+    given: Job
     config: ModelConfig
     machine: Device
     budget: int
     extent: Extent
     measured: Measurements
 
-    def rung(self, job: TuneJob) -> Rung:
+    def rung(self, job: Job) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
         rehearsal = rehearse(job, self.config, self._documents(job), self.machine.kind)
         accounts = rehearsal.peak.accounts | self._process(rehearsal)
@@ -92,7 +92,7 @@ class Pricing:
         )
         return dataclasses.replace(rung, fits=rung.peak_bytes <= self.budget)
 
-    def loss_ratio(self, job: TuneJob) -> float | None:
+    def loss_ratio(self, job: Job) -> float | None:
         """The product over what changed; None if any of it was not measured as it is. Exact methods change nothing."""
         if job.adapter != self.given.adapter:
             return None
@@ -112,7 +112,7 @@ class Pricing:
         found = self.measured.get((slot, name))
         return found.loss if found and (not knobs or not _cheaper(slot, spelling)) else None
 
-    def _costs(self, job: TuneJob) -> Iterator[str]:
+    def _costs(self, job: Job) -> Iterator[str]:
         for slot in ("adapter", *SLOTS):
             spelling = getattr(job, slot)
             if spelling != getattr(self.given, slot):
@@ -127,7 +127,7 @@ class Pricing:
         ratio = self.ratio(slot, spelling)
         return f"{'+'.join(card.spends)} ({'not measured' if ratio is None else f'loss {ratio - 1:+.1%}'})"
 
-    def _seconds(self, job: TuneJob, rehearsal: Rehearsal, step: float) -> dict[str, float]:
+    def _seconds(self, job: Job, rehearsal: Rehearsal, step: float) -> dict[str, float]:
         """Of the whole run by phase."""
         steps = self.extent.steps or job.steps
         if not steps:
@@ -138,7 +138,7 @@ class Pricing:
         phases["evaluate"] *= evaluations * held_out / (job.micro_batch or job.batch)
         return phases | {"train": steps * step}
 
-    def _documents(self, job: TuneJob) -> tuple[int, ...]:
+    def _documents(self, job: Job) -> tuple[int, ...]:
         """The largest micro-batch, with the filler that makes it whole."""
         lengths = (self.extent.lengths or (job.context,)) * job.micro_batch
         filler = whole(sum(lengths)) - sum(lengths)
@@ -154,7 +154,7 @@ class Pricing:
         return {PROCESS: resident_bytes() - (pool.resident_bytes if pool else 0) + GROWTH + loose}
 
 
-def changed_slots(given: TuneJob, job: TuneJob) -> list[str]:
+def changed_slots(given: Job, job: Job) -> list[str]:
     """The slots that the planner may fill and has filled."""
     return [slot for slot in SLOTS if getattr(job, slot) != getattr(given, slot)]
 
@@ -169,8 +169,8 @@ def _cheaper(slot: str, spelling: str) -> bool:
     return (value - usual) * (high - low) < 0
 
 
-def _differences(given: TuneJob, changed: TuneJob) -> tuple[str, ...]:
+def _differences(given: Job, changed: Job) -> tuple[str, ...]:
     if changed.micro_batch == given.batch:  # the default: all rows at once
         changed = dataclasses.replace(changed, micro_batch=given.micro_batch)
-    names = [f.name for f in dataclasses.fields(TuneJob)]
+    names = [f.name for f in dataclasses.fields(given)]
     return tuple(f"{n}={getattr(changed, n)}" for n in names if getattr(given, n) != getattr(changed, n))

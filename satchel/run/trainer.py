@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.errors import Diverged, JobError, SatchelError
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import Batch
 from satchel.run.assemble import Assembly
@@ -29,6 +29,7 @@ from satchel.run.folder import claim, fingerprint
 from satchel.run.governor import Governor, ran_out
 from satchel.run.interrupt import Interrupt
 from satchel.run.metrics import FILE, MetricsLog, read_metrics
+from satchel.run.packing import Rows, Stream
 from satchel.run.plot import plot
 from satchel.run.step import StepLoss, mean_loss, take_step
 
@@ -65,7 +66,7 @@ class TrainResult:
 
 
 def train(
-    job: TuneJob, assembly: Assembly, dataset: Dataset, report: Report = SILENT, governor: Governor | None = None
+    job: Job, assembly: Assembly, dataset: Dataset, report: Report = SILENT, governor: Governor | None = None
 ) -> TrainResult:
     """Run the job to its last step, or from its last checkpoint if `job.resume`, or until ctrl-C.
 
@@ -78,7 +79,7 @@ def train(
 class Trainer:
     """The state of one run."""
 
-    def __init__(self, job: TuneJob, assembly: Assembly, dataset: Dataset, report: Report, governor: Governor) -> None:
+    def __init__(self, job: Job, assembly: Assembly, dataset: Dataset, report: Report, governor: Governor) -> None:
         self.job, self.assembly, self.dataset, self.report, self.governor = job, assembly, dataset, report, governor
         self.out = Path(job.out)
         self.device = assembly.parameters[0][1].device
@@ -162,18 +163,18 @@ class Trainer:
         if not len(held_out) or progress.evaluated == progress.step:
             return
         began = time.perf_counter()
-
-        def compute() -> float:
-            rows = range(len(held_out))
-            batches = (held_out.batch(rows[i : i + progress.micro_batch]) for i in rows[:: progress.micro_batch])
-            return mean_loss(self.assembly, (batch.filled().to(self.device) for batch in batches))
-
-        loss = self._in_memory(compute)
+        losses = self._in_memory(lambda: {name: self._mean_loss(rows) for name, rows in held_out.domains().items()})
         progress.seconds += time.perf_counter() - began
+        loss = _overall(losses, held_out)
         progress.evaluated, progress.held_out_after = progress.step, loss
         if progress.step == 0:
             progress.held_out_before = loss
-        self._record({"held_out_loss": loss})
+        self._record({"held_out_loss": loss} | {f"held_out_loss/{name}": each for name, each in losses.items() if name})
+
+    def _mean_loss(self, held_out: Rows) -> float:
+        rows, micro_batch = range(len(held_out)), self.progress.micro_batch
+        batches = (held_out.batch(rows[i : i + micro_batch]) for i in rows[::micro_batch])
+        return mean_loss(self.assembly, (batch.filled().to(self.device) for batch in batches))
 
     def _in_memory(self, compute: Callable[[], T]) -> T:
         """The result of `compute`, which is called again with fewer rows at once whenever memory ran out.
@@ -268,3 +269,10 @@ class Trainer:
         self.progress.micro_batch = min(self.progress.micro_batch, rows_at_once)
         self.report.note(f"going on from step {self.progress.step} of {self.steps}")
         return saved.folder
+
+
+def _overall(losses: dict[str, float], held_out: Stream) -> float:
+    """The mean loss over the tokens of all sources."""
+    if len(losses) == 1:
+        return next(iter(losses.values()))
+    return sum(losses[name] * rows.tokens for name, rows in held_out.domains().items()) / held_out.tokens

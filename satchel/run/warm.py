@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from satchel.core.book import make
-from satchel.core.job import TuneJob
+from satchel.core.job import Job
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
@@ -31,7 +31,7 @@ TOKENS = 1024  # at most
 USED_LATER = ("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "matplotlib.figure")  # if installed
 
 
-def warm_up(job: TuneJob, config: ModelConfig, device: str) -> None:
+def warm_up(job: Job, config: ModelConfig, device: str) -> None:
     """Two optimizer steps, an evaluation and what export does, on a model of two blocks; about a second."""
     for name in USED_LATER:
         if find_spec("tensorboard" if "tensorboard" in name else "matplotlib"):
@@ -60,7 +60,7 @@ def _merge(assembly: Assembly) -> None:
     merge_checked(assembly.model, prompt_1T)
 
 
-def real(job: TuneJob, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
+def real(job: Job, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
     """A model of random weights, ready to train, and a micro-batch of random tokens."""
     decoder = Decoder(config, DTYPES[job.dtype], device)
     decoder.init_weights(torch.Generator(device).manual_seed(0))

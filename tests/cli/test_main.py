@@ -10,7 +10,7 @@ import pytest
 
 from satchel.cli.main import main
 from satchel.core import book
-from satchel.core.job import TuneJob
+from satchel.core.job import PretrainJob, TuneJob
 
 
 @pytest.fixture
@@ -63,6 +63,8 @@ def test_show_prints_each_knob_with_type_default_and_comment(satchel):
             ("plan", "tune", "--model", "demo", "--data", "demo", "--eval-share", "0.9"),
             "share of the documents held out, [0, 0.5]",
         ),
+        (("pretrain", "--model", "demo", "--data", "a:1", "--data", "b"), "give a weight to every source, or to none"),
+        (("pretrain", "--model", "demo", "--data", "a", "--mixture", "fixt"), "did you mean 'fixed'"),
         (("bench", "tnue"), "no bench 'tnue'"),
         (("chat", "dmeo"), "did you mean 'demo'? give a folder"),
         (("chat", "--raw"), "--prompt"),
@@ -86,9 +88,23 @@ def test_options_win_over_the_file(satchel, tmp_path, monkeypatch):
     assert (code, seen) == (0, [TuneJob(model="demo", data="demo", batch=16, packing=False)])
 
 
-def test_every_field_of_the_job_is_an_option(satchel):
-    _, out, _ = satchel("tune", "--help")
-    assert all("--" + field.name.replace("_", "-") in out for field in dataclasses.fields(TuneJob))
+@pytest.mark.parametrize("kind", [TuneJob, PretrainJob])
+def test_every_field_of_the_job_is_an_option(satchel, kind):
+    _, out, _ = satchel(kind.verb, "--help")
+    assert all("--" + field.name.replace("_", "-") in out for field in dataclasses.fields(kind))
+
+
+def test_an_option_that_takes_several_values_is_given_several_times_and_wins_over_the_file(
+    satchel, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setitem(sys.modules, "satchel.run.pretrain", type(sys)("fake"))
+    fake = sys.modules["satchel.run.pretrain"]
+    monkeypatch.setattr(fake, "pretrain", lambda job, report: seen.append(job), raising=False)
+    (tmp_path / "job.toml").write_text('model = "demo"\ndata = ["a:1", "b:2"]\neval_data = ["c"]\nscratch = true\n')
+    satchel("pretrain", "--config", str(tmp_path / "job.toml"), "--data", "x:0.5", "--data", "y:0.5", "--steps", "9")
+    job = PretrainJob(model="demo", data=("x:0.5", "y:0.5"), eval_data=("c",), scratch=True, steps=9)
+    assert seen == [job]
 
 
 def test_the_version_is_that_of_the_package(satchel):

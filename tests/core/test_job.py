@@ -1,11 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from satchel.core.errors import UnknownName, UserError
-from satchel.core.job import METHOD_FIELDS, TuneJob, job_knobs
+from satchel.core.job import METHOD_FIELDS, Job, PretrainJob, TuneJob, job_knobs, weighted
 
 JOB = TuneJob(model="demo", data="demo")
 
@@ -81,13 +82,69 @@ def test_packed_weights_without_an_adapter_are_refused():
         JOB.replace(adapter="none", format="int8")
 
 
-def test_every_field_has_a_comment_that_serves_as_help():
-    knobs = {knob.name: knob for knob in job_knobs()}
-    assert list(knobs) == [f.name for f in dataclasses.fields(TuneJob)]
+@pytest.mark.parametrize("kind", Job.__subclasses__())
+def test_every_field_has_a_comment_that_serves_as_help(kind):
+    knobs = {knob.name: knob for knob in job_knobs(kind)}
+    assert list(knobs) == [f.name for f in dataclasses.fields(kind)]
     assert all(knob.comment for knob in knobs.values())
-    assert set(METHOD_FIELDS) < set(knobs)
+    assert set(METHOD_FIELDS) <= set(kind.slots) < set(knobs)
 
 
 def test_a_file_saved_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "job.toml").write_bytes(b'\xef\xbb\xbfmodel = "demo"\ndata = "demo"\n')
     assert TuneJob.from_toml(tmp_path / "job.toml") == TuneJob(model="demo", data="demo")
+
+
+TEXT = PretrainJob(model="demo", data=("a.jsonl:0.7", "b:0.3"))
+
+
+def test_a_pretraining_job_goes_through_a_dict_json_and_toml_and_comes_back(tmp_path):
+    job = TEXT.replace(scratch=True, tokenizer="demo", eval_data=("c.txt",))
+    assert PretrainJob.from_dict(job.to_dict()) == PretrainJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+    lines = ['model = "demo"', 'data = ["a.jsonl:0.7", "b:0.3"]', "scratch = true", 'tokenizer = "demo"']
+    (tmp_path / "job.toml").write_text("\n".join([*lines, 'eval_data = ["c.txt"]']))
+    assert PretrainJob.from_toml(tmp_path / "job.toml") == job
+
+
+@pytest.mark.parametrize(
+    ("spelled", "source"),
+    [
+        ("a.jsonl:0.7", ("a.jsonl", 0.7)),
+        ("a.jsonl", ("a.jsonl", None)),
+        ("some folder/b:3", ("some folder/b", 3.0)),
+        (r"C:\texts", (r"C:\texts", None)),
+        ("odd:2:1", ("odd:2", 1.0)),
+        (":1", (":1", None)),
+    ],
+)
+def test_a_source_is_a_path_and_perhaps_a_weight(spelled, source):
+    assert weighted(spelled) == source
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [
+        ({"data": ("a:0.7", "b")}, "to every source, or to none"),
+        ({"data": ("a:0", "b:0")}, "one of them is above 0"),
+        ({"data": ("a:-1", "b:2")}, "0 or above"),
+        ({"data": ("a:inf", "b:2")}, "0 or above"),
+        ({"data": ("a:1", "a:2")}, "name each source once"),
+        ({"eval_data": ("a.jsonl",)}, "name each source once"),
+        ({"data": ()}, "name a file or folder"),
+        ({"data": ("",)}, "name files or folders"),
+        ({"scratch": True, "adapter": "lora"}, "leave the adapter out"),
+        ({"mixture": "fixd"}, "did you mean 'fixed'"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(changes, cure):
+    with pytest.raises(UserError, match=cure):
+        TEXT.replace(**changes)
+
+
+def test_one_source_may_stand_without_brackets_as_a_text_does():
+    assert PretrainJob.from_dict({"model": "demo", "data": "demo"}).data == ("demo",)
+
+
+def test_random_weights_learn_at_a_higher_rate_than_those_that_were_trained():
+    rates = [job.peak_lr for job in (TEXT.replace(scratch=True), TEXT, TEXT.replace(adapter="lora"))]
+    assert rates == [1e-3, 1e-4, 1e-3] and TEXT.replace(lr=3e-4, scratch=True).peak_lr == 3e-4

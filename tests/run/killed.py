@@ -17,13 +17,15 @@ from pathlib import Path
 
 import torch
 
+from satchel.core.job import PretrainJob
 from satchel.run.assemble import assemble
 from satchel.run.checkpoint import sha256
 from satchel.run.data import read_dataset
 from satchel.run.folder import CLAIM
 from satchel.run.metrics import read_metrics
+from satchel.run.sources import read_sources
 from satchel.run.trainer import train
-from tests.run.toys import CharTokenizer, toy_decoder, toy_job
+from tests.run.toys import CharTokenizer, toy_decoder, toy_job, toy_pretraining
 
 SLOW_IMPORTS = ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure")  # done once, before the forks
 
@@ -35,7 +37,8 @@ def run(job):
     try:
         torch.set_num_threads(1)
         decoder = toy_decoder(torch.bfloat16 if job.dtype == "bf16" else torch.float32)
-        train(job, assemble(job, decoder), read_dataset(job, CharTokenizer()))
+        read = read_sources if isinstance(job, PretrainJob) else read_dataset
+        train(job, assemble(job, decoder), read(job, CharTokenizer()))
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -52,7 +55,8 @@ def outcome(out):
 def compare(folder, seed, changes):
     """One job undisturbed and killed at up to three steps."""
     folder.mkdir()
-    job = toy_job(folder, **changes)
+    make = toy_pretraining if changes.pop("pretrain", False) else toy_job
+    job = make(folder, **changes)
     assert os.waitpid(run(job), 0)[1] == 0
     chance, killed = random.Random(seed), []
     again = job.replace(out=str(folder / "killed"))

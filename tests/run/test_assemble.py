@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from satchel.core.errors import UserError
-from satchel.run.assemble import LR_ADAPTER, LR_FULL, assemble
+from satchel.core.job import LR_ADAPTER, LR_FULL
+from satchel.run.assemble import assemble
 from tests.run.toys import toy_decoder, toy_job
 
 

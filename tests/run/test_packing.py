@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from satchel.model.batch import IGNORE
 from satchel.run.data import Corpus
-from satchel.run.packing import best_fit, pack
+from satchel.run.packing import best_fit, fill, pack
 
 
 def corpus(lengths, learnt=None):
@@ -41,6 +41,34 @@ def test_best_fit_leaves_no_two_rows_that_would_fit_in_one(lengths):
     assert sorted(p for row in rows for p in row) == list(range(len(lengths)))
     filled = sorted(sum(lengths[p] for p in row) for row in rows)
     assert filled[-1] <= 64 and (len(rows) == 1 or filled[0] + filled[1] > 64)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(2, 17), st.data())
+def test_filled_rows_are_full_but_the_last_and_feed_every_token_of_the_chosen_documents_once(lengths, context, data):
+    documents = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    rows = fill(corpus(lengths), documents, context)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    fed = [t for m in documents for t in range(starts[m], starts[m + 1] - 1)]
+    assert rows.tokens == len(fed) and len(rows) == -(-len(fed) // context)
+    assert (rows.tokens_R[:-1] == context).all()
+    if not fed:
+        return
+    batch = rows.batch(range(len(rows)))
+    assert batch.tokens_1N[0].tolist() == fed and (batch.targets_1N == batch.tokens_1N + 1).all()
+    ends = np.cumsum(batch.lengths)  # a document begins a piece, and so does a row: no others
+    assert {fed[i] for i in [0, *ends[:-1]]} == {starts[m] for m in documents if lengths[m] > 1} | set(fed[::context])
+
+
+def test_the_fullest_row_has_the_most_tokens_and_of_these_the_most_documents():
+    assert pack(corpus([5, 3, 3, 9, 2]), np.arange(5), 4).fullest() in ((2, 2), (2, 1, 1))
+    assert fill(corpus([9, 2, 2, 2, 2, 3]), np.arange(6), 4).fullest() == (1, 1, 1, 1)
+
+
+def test_tokens_fed_are_counted_row_by_row_through_the_epochs():
+    rows = fill(corpus([7, 9, 4]), np.arange(3), 5)
+    stream = [rows.tokens_R[row] for row in rows.drawn(0, 3 * len(rows), seed=4)]
+    assert [rows.fed(count, 4) for count in range(len(stream) + 1)] == [sum(stream[:n]) for n in range(len(stream) + 1)]
 
 
 def test_packing_fills_rows_and_without_it_each_row_is_one_document():

@@ -15,6 +15,7 @@ JOBS = {
     "eight-bit moments": {"adapter": "none", "dtype": "bf16", "optimizer": "adamw8bit", "save_every": 1},
     "projections that are renewed": {"adapter": "none", "optimizer": "galore:rank=4,gap=3", "save_every": 4},
     "micro-batches, evaluations, no packing": {"micro_batch": 2, "eval_every": 3, "packing": False, "save_every": 3},
+    "pre-training on a mixture of sources": {"pretrain": True, "dtype": "bf16", "eval_every": 4, "save_every": 2},
 }
 
 

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from satchel.core.job import TuneJob
+from satchel.core.job import PretrainJob, TuneJob
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 
@@ -17,6 +17,13 @@ class CharTokenizer:
     """`encode("a")` is one id; a chat is role id, characters, end; the assistant's characters and end are learnt."""
 
     eos_id = END
+    size = VOCABULARY
+
+    def key(self):
+        return "one id a character"
+
+    def encode_batch(self, texts, special=False):
+        return [self.encode(text) for text in texts]
 
     def encode(self, text, special=False):
         return [FIRST + min(ord(c), 127) for c in text]
@@ -50,3 +57,19 @@ def toy_job(folder, **changes):
     basics = {"model": "toy", "data": str(data), "out": str(folder / "out"), "dtype": "fp32", "eval_share": 0.1}
     sizes = {"context": 48, "batch": 6, "micro_batch": 6, "steps": 6, "lr": 0.01, "adapter": "lora:rank=4"}
     return TuneJob(**(basics | sizes | changes))
+
+
+def toy_text(path, count=60, word="abc"):
+    """A .jsonl file of short texts, written if it is not there; its path as a string."""
+    if not path.exists():
+        lines = [f"text {i}: {word * (i % 9)} is {i * i % 17}" for i in range(count)]
+        path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+def toy_pretraining(folder, **changes):
+    """A job of a few short steps on two sources of text, a third of it from the smaller one."""
+    data = (toy_text(folder / "large.jsonl") + ":2", toy_text(folder / "small.jsonl", 20, "xyz") + ":1")
+    basics = {"model": "toy", "data": data, "out": str(folder / "out"), "dtype": "fp32", "eval_share": 0.1}
+    sizes = {"context": 48, "batch": 6, "micro_batch": 6, "steps": 6, "lr": 0.01}
+    return PretrainJob(**(basics | sizes | changes))
