@@ -17,6 +17,7 @@ from satchel.core.card import ACCOUNTS, COSTS, Fidelity
 from satchel.core.errors import UserError
 from satchel.core.job import TuneJob
 from satchel.core.knobs import RANGE
+from satchel.core.seams import Domain
 from satchel.model.adapters import adapted, attach, detach
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
@@ -189,6 +190,19 @@ def test_a_schedule_stays_between_nothing_and_the_peak(entry):
     for steps in (1, 2, 7, 100):
         factors = [schedule.at(step, steps) for step in range(steps)]
         assert all(0 <= factor <= 1 for factor in factors) and max(factors) > 0
+
+
+@entries("mixture")
+def test_a_mixture_gives_shares_and_a_job_that_has_some_length(entry):
+    mixture = entry.load()(**entry.card.demo)
+    domains = [Domain("a", 0.5, 7.0), Domain("b", 0.3, 90.0), Domain("c", 0.2, 0.5)]
+    for steps in (1, 2, 7, 100):
+        for step in range(steps):
+            shares = mixture.at(step, steps, domains)
+            assert (
+                len(shares) == 3 and min(shares) >= 0 and math.isclose(sum(shares), 1, rel_tol=TOLERANCE[torch.float64])
+            )
+    assert mixture.epoch_steps(domains) > 0
 
 
 @entries("adapter")

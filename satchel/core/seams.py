@@ -186,6 +186,10 @@ class Mixture(Method):
         Raises UserError where the mixture cannot be made of these domains.
         """
 
+    def epoch_steps(self, domains: Sequence[Domain]) -> float:
+        """Optimizer steps of one epoch: a pass over as many tokens as those domains hold that are drawn from."""
+        return sum(domain.pass_steps for domain in domains if domain.share > 0)
+
 
 class Activations(Method):
     """What the forward pass keeps for the backward pass. Most override `wrap` alone; one with a state `start`."""

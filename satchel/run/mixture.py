@@ -54,6 +54,11 @@ class Mixed(Stream):
         spans = zip(self._firsts, self.parts.values(), given_SK[step], given_SK[step + 1], strict=True)
         return np.concatenate([first + part.drawn(int(a), int(b), seed) for first, part, a, b in spans])
 
+    def epoch_rows(self, batch: int) -> float:
+        """As the mixture has it."""
+        assert self.mixture is not None, "rows to evaluate are not dealt"
+        return self.mixture.epoch_steps(self.shares(batch)) * batch
+
     def given(self, batch: int, total: int) -> np.ndarray:
         """How many rows each source has given before every step and after the last, [S + 1, K]."""
         assert self.mixture is not None, "rows to evaluate are not dealt"

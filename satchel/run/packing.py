@@ -76,8 +76,12 @@ class Stream(ABC):
         """Optimizer steps, and rows that all of them see: `steps` whole batches, or what `epochs` hold if it is 0."""
         if steps:
             return steps, steps * batch
-        rows = math.ceil(round(epochs * len(self), 6))
+        rows = math.ceil(round(epochs * self.epoch_rows(batch), 6))
         return math.ceil(rows / batch), rows
+
+    def epoch_rows(self, batch: int) -> float:
+        """Rows of one epoch, in steps of `batch`."""
+        return len(self)
 
     def batches(self, rows: Places, micro_batch: int) -> list[Batch]:
         """The given rows as batches of at most `micro_batch` rows each."""

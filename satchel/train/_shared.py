@@ -18,8 +18,12 @@ class Warmed(Schedule):
         """The factor on the peak learning rate; the climb's first step is above 0, its last is below 1."""
         climb = round(self.warmup * steps)
         if step < climb:
-            return (step + 1) / (climb + 1)
+            return self.climbing((step + 1) / (climb + 1))
         return self.after(min((step - climb) / max(steps - climb, 1), 1.0))
+
+    def climbing(self, progress: float) -> float:
+        """The factor during warm-up; `progress` runs from above 0 to below 1."""
+        return progress
 
     def after(self, progress: float) -> float:
         """The factor after warm-up; `progress` runs from 0 to just below 1."""

@@ -12,6 +12,7 @@ from satchel.run.data import Corpus
 from satchel.run.mixture import Mixed, allot
 from satchel.run.packing import fill
 from satchel.train.fixed import Fixed
+from satchel.train.replay import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,12 @@ def test_what_was_fed_is_what_the_batches_hold():
 def test_a_step_is_a_function_of_seed_and_step():
     late = [mixed((0.2, 0.5, 0.3), Sliding()).step_rows(13, 5, seed, 100).tolist() for seed in (0, 0, 1)]
     assert late[0] == late[1] != late[2]
+
+
+def test_replay_does_not_lengthen_the_run():
+    stream = mixed((), Replay(share=0.25, old=2))
+    steps, total = stream.length(4, 0, 2.0)
+    assert total == 2 * 10 and stream.given(4, total)[-1].tolist() == [15, 4, 1]
 
 
 def test_a_mixture_of_one_source_is_that_source():

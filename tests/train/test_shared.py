@@ -16,7 +16,8 @@ def test_factor_stays_above_0_and_peaks_at_1_after_an_even_climb(name, steps, wa
     schedule, climb = make("schedule", f"{name}:warmup={warmup}"), round(warmup * steps)
     values = [schedule.at(step, steps) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
-    assert values[:climb] == [(step + 1) / (climb + 1) for step in range(climb)]
+    start = getattr(schedule, "start", 0.0)
+    assert values[:climb] == [start + (1 - start) * ((step + 1) / (climb + 1)) for step in range(climb)]
     assert climb == steps or values[climb] == 1
     assert all(later <= earlier for earlier, later in zip(values[climb:], values[climb + 1 :], strict=False))
 
