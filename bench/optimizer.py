@@ -58,12 +58,12 @@ JOBS = (
     Job(
         "tuning SmolLM2-135M",
         {"adamw": 1e-4, "galore": 4e-4},
-        {"galore": "galore:rank=144", "apollo": "apollo:rank=144"},
+        {"galore": "galore:rank=144", "apollo": "apollo:rank=144", "badam": "badam:period=5"},
     ),
     Job(
         "10M from scratch",
         {"adamw": 2e-3, "galore": 8e-3},
-        {"galore": "galore:rank=96", "apollo": "apollo:rank=96"},
+        {"galore": "galore:rank=96", "apollo": "apollo:rank=96", "badam": "badam:period=5"},
     ),
 )
 

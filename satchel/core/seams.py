@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,6 +152,14 @@ class OptimizerMethod(Method):
         The trainer calls `step(closure)` with a `Closure`; in a user's own loop any function that returns the loss
         will do, after `loss.backward()` if grad mode is on. What `step` returns is the loss that is reported.
         """
+
+    def together(self, sizes: Sequence[int], below: bool) -> Sequence[Collection[int]]:
+        """Sets of layers that may train at once, the one of the highest peak among them; all layers, unless in turns.
+
+        `sizes` are the parameters of each layer; `below` says whether what lies below the layers trains, so that the
+        backward pass goes through all of them whichever train. The rehearsal takes steps with each of the sets.
+        """
+        return [range(len(sizes))]
 
 
 class Schedule(Method):

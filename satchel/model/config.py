@@ -107,7 +107,12 @@ class ModelConfig:
         projections = 2 * embed * self.width if embed != self.width else 0
         outer = self.vocab * embed * (1 if self.tied else 2) + self.learned_positions * self.width + projections
         final = _norm_size(self, self.width) if self.final_norm else 0
-        return outer + final + sum(_layer_size(self, kind) for kind in self.layer_kinds)
+        return outer + final + sum(self.layer_parameters)
+
+    @property
+    def layer_parameters(self) -> tuple[int, ...]:
+        """How many of them each layer holds."""
+        return tuple(_layer_size(self, kind) for kind in self.layer_kinds)
 
     def scale_of(self, layer: int) -> float:
         """The factor on query-key products in layer `layer`, from 0."""

@@ -330,7 +330,11 @@ class Stepper(torch.optim.Optimizer):
         state = self.state[p]
         state["step"] = state.get("step", 0) + 1
         torch.autograd.graph.increment_version(p)
-        self.update(p, state, group, zlib.crc32(f"{group['seed']}/{number}/{state['step']}".encode()))
+        self.update(p, state, group, self.noise(number, group, state))
+
+    def noise(self, number: int, group: dict[str, Any], state: dict[str, Any]) -> int:
+        """What the randomness of a step of parameter `number` begins with."""
+        return zlib.crc32(f"{group['seed']}/{number}/{state['step']}".encode())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that tensors keep the dtype that they were saved in."""

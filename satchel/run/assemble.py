@@ -3,6 +3,7 @@ rehearsal assembles fake models by the same code."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,10 @@ class Assembly:
     rng: torch.Generator | None = None  # the objective's randomness
 
 
-def assemble(job: Job, decoder: Decoder) -> Assembly:
+def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None) -> Assembly:
     """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
+
+    `trained` are the only layers that train; a rehearsal knows them where they train in turns.
 
     Raises UserError if a method or knob is unknown, or the context is longer than the model was made for.
     """
@@ -46,6 +49,9 @@ def assemble(job: Job, decoder: Decoder) -> Assembly:
     adapter = make("adapter", job.adapter)
     if adapter is not None:
         attach(decoder, adapter, rng)
+    for index, block in enumerate(decoder.layers):
+        if trained is not None and index not in trained:
+            block.requires_grad_(False)
     decoder.wrap_blocks(make("activations", job.activations), Path(job.out))
     decoder.train()
     parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]

@@ -37,18 +37,14 @@ class _Outline:
 
 def shallow(kinds: Sequence[Hashable]) -> list[int]:
     """The fewest layers that show the first, the last, and one of each kind between them."""
-    for depth in range(3, len(kinds)):
-        if set(kinds[1 : depth - 1]) >= set(kinds[1:-1]):
-            return [*range(depth - 1), len(kinds) - 1]
-    return list(range(len(kinds)))
+    between = {kind: index for index, kind in reversed(list(enumerate(kinds[1:-1], 1)))}
+    return sorted({0, *between.values(), len(kinds) - 1})
 
 
 def stand_ins(kinds: Sequence[Hashable], layers: Sequence[int]) -> list[int]:
     """For each layer of the deep model, which of the shallow one's `layers` stands for it."""
-    if len(layers) == len(kinds):
-        return list(layers)
-    middle = {kinds[index]: index for index in reversed(layers[1:-1])}
-    return [0, *(middle[kind] for kind in kinds[1:-1]), len(layers) - 1]
+    places = {kinds[layer]: place for place, layer in enumerate(layers[1:-1], 1)}
+    return [0, *(places[kind] for kind in kinds[1:-1]), len(layers) - 1][: len(kinds)]
 
 
 def extend(tracker: Tracker, stands: Sequence[int]) -> list[Phase]:

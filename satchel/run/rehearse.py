@@ -70,16 +70,25 @@ def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), devic
     """Rehearse a tune job; it takes about a second, whatever the model's size.
 
     `lengths` are the documents of its largest micro-batch; without, rows of the full context. Raises UserError where
-    the job itself would.
+    the job itself would. Where layers train in turns, it is the turn of the highest peak.
     """
+    turns = make("optimizer", job.optimizer).together(config.layer_parameters, below=job.adapter == "none")
+    found = (_rehearse(job, config, lengths, device, frozenset(turn)) for turn in turns)
+    return max(found, key=lambda rehearsal: rehearsal.peak.peak_bytes)
+
+
+def _rehearse(
+    job: Job, config: ModelConfig, lengths: tuple[int, ...], device: str, trained: frozenset[int]
+) -> Rehearsal:
+    """Rehearse a job in whose steps these layers train."""
     rows = job.micro_batch or job.batch
     micro_batches = -(-job.batch // rows)
-    kinds = _kinds(job, config)
+    kinds = _kinds(job, config, trained)
     layers = shallow(kinds)
     stands = stand_ins(kinds, layers)
     with FakeTensorMode(), Tracker("load", "data") as tracker:
         batches = [_batch(lengths or (job.context,) * rows).to(device)] * min(micro_batches, 2)
-        assembly = _stage(job, config, layers, device, tracker)
+        assembly = _stage(job, config, layers, trained, device, tracker)
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
             tracker.mark("train", "update")
             begin = len(tracker.segments) - 1
@@ -92,7 +101,7 @@ def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), devic
     update = [s for s in step if s.name[1] == "update"]
     work = total_work([s for s in step if s.name[1] != "update"], stands)
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
-    work.update(_scaled(update, stands))
+    work.update(_scaled(update, len(trained & set(layers)), len(trained)))
     phases = _phase_work(tracker.segments, stands)
     return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases)
 
@@ -125,17 +134,19 @@ class _Marking(Activations):
         return marked
 
 
-def _kinds(job: Job, config: ModelConfig) -> list[tuple[Hashable, ...]]:
+def _kinds(job: Job, config: ModelConfig, trained: frozenset[int]) -> list[tuple[Hashable, ...]]:
     """What differs between the layers of the model or in how the job runs them, which its policy's functions show."""
     policy = make("activations", job.activations)
     wrap = policy.start(config.layers) if policy else lambda block, index: block
     block = Block(config, 0, dtype=DTYPES[job.dtype], device="meta")
     runs = [wrap(block, index) for index in range(config.layers)]
     kinds = (getattr(run, "__code__", type(run)) for run in runs)
-    return list(zip(config.layer_kinds, kinds, strict=True))
+    return list(zip(config.layer_kinds, kinds, (index in trained for index in range(config.layers)), strict=True))
 
 
-def _stage(job: Job, config: ModelConfig, layers: list[int], device: str, tracker: Tracker) -> Assembly:
+def _stage(
+    job: Job, config: ModelConfig, layers: list[int], trained: frozenset[int], device: str, tracker: Tracker
+) -> Assembly:
     """Build and assemble the job with these layers alone, all parameters labelled, every stretch of a step marked."""
     tracker.mark("load", "model")
     pattern = tuple(config.layer_kinds[index] for index in layers)
@@ -144,13 +155,13 @@ def _stage(job: Job, config: ModelConfig, layers: list[int], device: str, tracke
     decoder = fill(shell, parts, _NoFiles(), device, make("format", job.format))
     _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
     tracker.mark("load", "assemble")
-    assembly = assemble(job, decoder)
+    assembly = assemble(job, decoder, [place for place, layer in enumerate(layers) if layer in trained])
     _label(decoder.named_parameters(), "adapter", tracker)
     decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, layers))
     (decoder.model.norm or decoder.lm_head).register_forward_pre_hook(
         lambda *_: tracker.mark(tracker.segments[-1].name[0], "head")
     )
-    for name, parameter in assembly.parameters:
+    for name, parameter in (pair for pair in assembly.parameters if pair[1].requires_grad):
         parameter.register_post_accumulate_grad_hook(partial(_label_gradient, name, tracker))
     return assembly
 
@@ -222,13 +233,16 @@ def _phase_work(segments: list[Segment], stands: list[int]) -> dict[str, Counter
         if segment.name[0] != "train":
             phases.setdefault(segment.name[0], []).append(segment)
     forward = {name for name, some in phases.items() if any(segment.name[1] == FORWARD for segment in some)}
-    return {name: (total_work if name in forward else _scaled)(some, stands) for name, some in phases.items()}
+    return {
+        name: total_work(some, stands) if name in forward else _scaled(some, max(stands) + 1, len(stands))
+        for name, some in phases.items()
+    }
 
 
-def _scaled(update: list, stands: list[int]) -> Counter[Work]:
-    """The optimizer's work, or that of load and save, in the deep model: layers' parameters one after the other."""
-    depth, work = max(stands) + 1, Counter()
-    for segment in update:
+def _scaled(segments: list[Segment], shown: int, layers: int) -> Counter[Work]:
+    """The optimizer's work, or that of load and save, over that many layers: their parameters one after the other."""
+    work: Counter[Work] = Counter()
+    for segment in segments:
         for item, count in segment.work.items():
-            work[item] += count if count < depth else round(count * len(stands) / depth)
+            work[item] += count if count < shown else round(count * layers / shown)
     return work

@@ -43,7 +43,7 @@ class CharTokenizer:
 def toy_decoder(dtype=torch.float32, **changes):
     """Random weights, the same each time."""
     sizes = {"vocab": VOCABULARY, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
-    decoder = Decoder(ModelConfig(family="llama", context=512, tied=True, **(sizes | changes)), dtype)
+    decoder = Decoder(ModelConfig(family="llama", context=512, **({"tied": True} | sizes | changes)), dtype)
     decoder.init_weights(torch.Generator().manual_seed(7), std=0.1)
     return decoder
 
