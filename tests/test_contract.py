@@ -49,7 +49,14 @@ LARGER = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "interm
 LARGER |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 LARGER |= {"rms_norm_eps": 1e-5}
 ENTRIES = book.entries()
-COMPUTED = ("adapter", "optimizer", "format", "activations", "objective")  # slots whose methods touch tensors
+COMPUTED = (
+    "adapter",
+    "optimizer",
+    "format",
+    "activations",
+    "objective",
+    "checkpoint",
+)  # slots whose methods touch tensors
 
 
 def entries(*slots, where=lambda card: True):
@@ -164,7 +171,7 @@ def test_rehearsed_bytes_are_the_measured_ones(entry, measured):
         assert rehearsed[phase] == pytest.approx(measured[job][phase], rel=REHEARSED), phase
 
 
-@entries("optimizer", "activations", "objective", where=lambda card: card.fidelity == "exact")
+@entries("optimizer", "activations", "objective", "checkpoint", where=lambda card: card.fidelity == "exact")
 def test_what_is_exact_gives_the_plain_jobs_losses(entry):
     losses, _ = run(job_of(entry), steps=4)
     assert losses == pytest.approx(run(PLAIN, steps=4)[0], rel=TOLERANCE[torch.float32])
@@ -289,3 +296,36 @@ def test_an_optimizers_state_is_all_in_its_state_dict(entry):
 def test_recomputing_leaves_evaluation_alone(entry):
     plain, wrapped = (assemble(job, tiny()) for job in (PLAIN, job_of(entry)))
     assert mean_loss(wrapped, batches()) == mean_loss(plain, batches())
+
+
+@entries("optimizer")
+def test_an_optimizer_writes_nothing_before_its_steps_hooks_have_run(entry):
+    """A checkpoint is copied until they have. A `step` of its own calls `before_write` first of all."""
+    assembly = assemble(job_of(entry), tiny())
+    train_step(assembly, batches(), assembly.lr)
+
+    def held():
+        state = [value for state in assembly.optimizer.state.values() for value in state.values()]
+        tensors = [p for _, p in assembly.parameters] + [value for value in state if isinstance(value, torch.Tensor)]
+        return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+    before, found = held(), []
+    assembly.optimizer.register_step_pre_hook(lambda *_: found.append(torch.equal(held(), before)))
+    train_step(assembly, batches(), assembly.lr)
+    assert found == [True] and not torch.equal(held(), before)
+
+
+@entries("checkpoint")
+def test_a_checkpoint_is_that_of_the_step_it_was_saved_after(entry, tmp_path):
+    """Whatever the next step does."""
+    assembly = assemble(job_of(entry), tiny())
+    tensors = {name: parameter.detach() for name, parameter in assembly.parameters}
+    before, found = {name: tensor.clone() for name, tensor in tensors.items()}, {}
+
+    def take(streams):
+        found.update({name: b"".join(map(bytes, stream)) for name, stream in streams.items()})
+
+    assembly.saver.save({"all": tensors}, take)
+    train_step(assembly, batches(), assembly.lr)
+    assembly.saver.finish()
+    assert found["all"] == b"".join(bytes(tensor.view(-1).view(torch.uint8).numpy()) for tensor in before.values())

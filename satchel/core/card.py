@@ -13,9 +13,9 @@ ACCOUNTS = (
     "optimizer",  # moments, projections, master copies
     "activations",  # what the forward pass keeps for the backward pass
     "kv",  # the cache of past keys and values
-    "workspace",  # temporaries that live within one operator or one chunk
+    "workspace",  # temporaries that live within one operator or one chunk, and buffers
 )
-COSTS = ("compute", "quality", "traffic", "startup", "disk")  # what a method may spend beside bytes
+COSTS = ("compute", "quality", "traffic", "startup", "disk", "stall")  # beside bytes; stall: the loop waits for a disk
 
 Fidelity = Literal["exact", "approx", "study"]
 

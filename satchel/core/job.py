@@ -19,7 +19,8 @@ from satchel.core.errors import UnknownName, UserError
 from satchel.core.knobs import REQUIRED, Knob, read_knobs
 from satchel.core.units import parse_bytes
 
-METHOD_FIELDS = ("adapter", "optimizer", "schedule", "activations", "format", "objective")  # each named after its slot
+# Each is named after its slot.
+METHOD_FIELDS = ("adapter", "optimizer", "schedule", "activations", "format", "objective", "checkpoint")
 LR_ADAPTER, LR_FULL, LR_SCRATCH = 1e-3, 1e-4, 1e-3  # peak learning rates of a job that names none
 
 Bound = tuple[str, bool, str]  # field, whether its value is allowed, what would be
@@ -47,6 +48,7 @@ class Job:
     activations: str = "none"  # what is recomputed instead of kept: none, selective, full
     format: str = "none"  # storage of the frozen weights under an adapter, such as int8, nf4, int4:group=64
     objective: str = "causal_lm"  # what the run minimises
+    checkpoint: str = "blocking"  # how a checkpoint reaches the disk; datastates: while the next step computes
     lr: float = 0.0  # peak learning rate; 0: 1e-3 with an adapter, 1e-4 without
     context: int = 1024  # longest sequence, tokens
     batch: int = 8  # rows of `context` tokens that an optimizer step sees

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "Admission",
     "Card",
+    "Checkpoint",
     "Closure",
     "Decoding",
     "Domain",
@@ -38,10 +39,12 @@ __all__ = [
     "OptimizerMethod",
     "Proposer",
     "Run",
+    "Saver",
     "Schedule",
     "Speaker",
     "Ticket",
     "WeightFormat",
+    "Write",
 ]
 
 
@@ -150,7 +153,8 @@ class OptimizerMethod(Method):
         """An optimizer over the parameters. All of its state lies in `state_dict()`; `seed` starts its randomness.
 
         The trainer calls `step(closure)` with a `Closure`; in a user's own loop any function that returns the loss
-        will do, after `loss.backward()` if grad mode is on. What `step` returns is the loss that is reported.
+        will do, after `loss.backward()` if grad mode is on. What `step` returns is the loss that is reported. Before it
+        changes anything it runs the hooks of `register_step_pre_hook`, as torch's optimizers do.
         """
 
     def together(self, sizes: Sequence[int], below: bool) -> Sequence[Collection[int]]:
@@ -228,6 +232,43 @@ class Objective(Method):
     def loss(self, model: nn.Module, batch: Any, rng: torch.Generator | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the loss over the batch's `targets` (the trainer divides by their number over the whole optimizer
         step), and sums to report beside it. Makes no host copy of any tensor: it must run on fake tensors too."""
+
+
+Write = Callable[[Mapping[str, Iterable[memoryview]]], None]  # writes files from their bytes, in pieces
+
+
+class Saver(ABC):
+    """Brings the tensors of checkpoints to the disk. Nobody changes them between `save` and the `settle` after it."""
+
+    @abstractmethod
+    def save(self, files: Mapping[str, Mapping[str, Tensor]], write: Write) -> None:
+        """Call `write` once, now or in the background, with every file's bytes: those of its tensors in their order.
+
+        It takes them file by file, in the order given; a piece is valid until the next is taken. Raises what an earlier
+        save has met in the background.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Return as soon as the tensors may change; called before every update. Raises what a save has met."""
+
+    def buffers(self) -> Sequence[Tensor]:
+        """What it keeps on the device that computes, booked as workspace."""
+        return ()
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Return when all that was saved is on the disk; hold no memory from then on. Raises what a save has met."""
+
+
+class Checkpoint(Method):
+    """How a checkpoint reaches the disk while the run goes on."""
+
+    slot = "checkpoint"
+
+    @abstractmethod
+    def start(self, device: torch.device) -> Saver:
+        """The saver of one run, for tensors on `device`."""
 
 
 class Ticket(Protocol):

@@ -1,6 +1,7 @@
 """Files that are on the disk when a call returns, and that are replaced whole or not at all."""
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -8,6 +9,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a file and wait until the disk has it."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_pieces(
+    path: Path, pieces: Iterable[bytes | memoryview], see: Callable[[bytes | memoryview], None] = lambda piece: None
+) -> None:
+    """Write a file from its bytes, all of which `see` is shown, and wait until the disk has it."""
+    with path.open("wb") as file:
+        for piece in pieces:
+            see(piece)
+            file.write(piece)
+            del piece  # so that it is gone when the next one is made
         file.flush()
         os.fsync(file.fileno())
 

@@ -6,9 +6,9 @@ makes one at a time. Format: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.errors import ModelError
+from satchel.model.disk import write_pieces
 from satchel.model.encodings import PLAIN
 from satchel.model.stored import Stored
 
@@ -97,23 +98,22 @@ class Outgoing:
 
 def write_safetensors(path: Path, tensors: Sequence[Outgoing]) -> None:
     """Write a file and flush it to the disk; one tensor at a time is in memory."""
-    with open(path, "wb") as file:
-        file.write(_header(tensors))
-        for tensor in tensors:
-            plain = tensor.make().to("cpu").contiguous()
-            file.write(plain.view(-1).view(torch.uint8).numpy().data)
-            del plain
-        file.flush()
-        os.fsync(file.fileno())
+    write_pieces(path, chain([header(tensors)], (plain_bytes(tensor.make()) for tensor in tensors)))
 
 
-def _header(tensors: Sequence[Outgoing]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def plain_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as a file holds them: its own memory if it is contiguous and on the CPU, else a copy."""
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def header(tensors: Sequence[Outgoing]) -> bytes:
+    """What a file of these tensors, in this order, begins with."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
         spelled = {"dtype": SPELLED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        header[tensor.name] = spelled
-    text = json.dumps(header, separators=(",", ":")).encode()
+        entries[tensor.name] = spelled
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -95,7 +95,7 @@ class Reader:
 
     def pieces(self, view: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
         """The slices of a view that are read at a time, each with the index of its first number."""
-        return _pieces(view, first)
+        return pieces(view, first)
 
     def raw(self, stored: Stored, start: int, nbytes: int) -> Tensor:
         """Bytes [start, start + nbytes) of a tensor, uint8 [nbytes]; mapped, so valid until `release`."""
@@ -120,15 +120,15 @@ class Reader:
         return mapped
 
 
-def _pieces(out: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
-    """Slices of `out` of at most PIECE numbers (or one row), each with the index of its first number."""
+def pieces(out: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
+    """Slices of `out` of at most PIECE numbers, each with the index of its first number, counted on from `first`."""
     if out.numel() <= PIECE or out.dim() == 0:
         yield out, first
         return
     row = out[0].numel()
     if row > PIECE and out.dim() > 1:
         for i in range(out.shape[0]):
-            yield from _pieces(out[i], first + i * row)
+            yield from pieces(out[i], first + i * row)
         return
     step = max(1, PIECE // row)
     for i in range(0, out.shape[0], step):
@@ -140,7 +140,7 @@ class FakeReader(Reader):
 
     def pieces(self, view: Tensor, first: int) -> Iterator[tuple[Tensor, int]]:
         """Only the first: the others take the same memory, one after the other."""
-        return itertools.islice(_pieces(view, first), 1)
+        return itertools.islice(pieces(view, first), 1)
 
     def raw(self, stored: Stored, start: int, nbytes: int) -> Tensor:
         """Bytes without values."""

@@ -9,7 +9,7 @@ Paper: https://arxiv.org/abs/2306.09782
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,8 +45,10 @@ class FusedStepper(Stepper):
         closure = closure if isinstance(closure, Closure) else PlainClosure(closure)
         closure.clips = False
         factor = closure.clip_factor(self._norm(closure)) if closure.clip > 0 else None
+        announce = cache(self.before_write)  # once, by whichever gradient is whole first
 
         def update(number: int, group: dict[str, Any], p: Tensor) -> None:
+            announce()
             if factor is not None:
                 gradient(p).mul_(factor)
             self.update_one(number, group, p)

@@ -15,6 +15,7 @@ nothing to save, a resumed run continues bit for bit, and slices and threads cha
 """
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from satchel.core.errors import UserError
 from satchel.native.adam import KINDS, SPLIT, STOCHASTIC, Array, Rates, kernel, takes
@@ -308,6 +310,21 @@ class Stepper(torch.optim.Optimizer):
         """Apply p.grad to p in place; state["step"] counts from 1. `seed` differs by parameter and step."""
         raise NotImplementedError
 
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """As torch's, but the hook runs before the step's first write rather than before its closure."""
+        handle = RemovableHandle(self._write_hooks)
+        self._write_hooks[handle.id] = hook
+        return handle
+
+    def before_write(self) -> None:
+        """Run the step's pre-hooks. Every `step` calls it once, before it changes a parameter or state."""
+        for hook in self._write_hooks.values():
+            hook(self, (), {})
+
+    @property
+    def _write_hooks(self) -> OrderedDict[int, Any]:
+        return self.__dict__.setdefault("_hooks_before_write", OrderedDict())  # a copied optimizer has none
+
     def index(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Every parameter with its group, in the order of the state dict's numbers."""
         return [(group, p) for group in self.param_groups for p in group["params"]]
@@ -319,6 +336,7 @@ class Stepper(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.before_write()
         for number, (group, p) in enumerate(self.index()):
             self.update_one(number, group, p)
         return loss
@@ -337,9 +355,9 @@ class Stepper(torch.optim.Optimizer):
         return zlib.crc32(f"{group['seed']}/{number}/{state['step']}".encode())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, except that tensors keep the dtype that they were saved in."""
+        """As torch's, which takes tensors over rather than copies them, except that they keep their dtype."""
         super().load_state_dict({**state_dict, "state": {}})
         for number, (_, p) in enumerate(self.index()):
             saved = state_dict["state"].get(number, {})
-            moved = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+            moved = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
             self.state[p].update(moved)

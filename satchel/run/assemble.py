@@ -13,7 +13,7 @@ from torch import nn
 from satchel.core.book import make
 from satchel.core.errors import UserError
 from satchel.core.job import Job
-from satchel.core.seams import Adapter, Objective, Schedule
+from satchel.core.seams import Adapter, Objective, Saver, Schedule
 from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
 
@@ -28,6 +28,7 @@ class Assembly:
     optimizer: torch.optim.Optimizer
     objective: Objective
     schedule: Schedule
+    saver: Saver  # of checkpoints: the optimizer waits for it before it changes anything
     parameters: list[tuple[str, nn.Parameter]]  # those that train, by name
     lr: float  # peak learning rate
     clip: float  # largest gradient norm; 0 turns clipping off
@@ -55,11 +56,15 @@ def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None)
     decoder.wrap_blocks(make("activations", job.activations), Path(job.out))
     decoder.train()
     parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
+    optimizer = make("optimizer", job.optimizer).build(parameters, job.peak_lr, job.seed)
+    saver = make("checkpoint", job.checkpoint).start(parameters[0][1].device)
+    optimizer.register_step_pre_hook(lambda *_: saver.settle())
     return Assembly(
         model=decoder,
-        optimizer=make("optimizer", job.optimizer).build(parameters, job.peak_lr, job.seed),
+        optimizer=optimizer,
         objective=make("objective", job.objective),
         schedule=make("schedule", job.schedule),
+        saver=saver,
         parameters=parameters,
         lr=job.peak_lr,
         clip=job.clip,

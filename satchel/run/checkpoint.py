@@ -5,7 +5,8 @@
     manifest.json            the SHA-256 of each of them
 
 A checkpoint is written to a hidden folder, flushed to the disk, renamed, and only then `latest` is replaced; the last
-two are kept. Tensors are streamed: no second copy of them is made. Nothing is ever unpickled.
+two are kept. When its bytes are read and written is the affair of the saver, a method of the slot `checkpoint`; tensors
+lie in their files largest first, as that copies them. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,9 +29,10 @@ from torch import Tensor
 
 from satchel.core.disk import require_room, writing
 from satchel.core.errors import JobError, ModelError
-from satchel.model.disk import replace_text, sync, write_text
+from satchel.core.seams import Saver
+from satchel.model.disk import replace_text, sync, write_pieces, write_text
 from satchel.model.encodings import PLAIN
-from satchel.model.safetensors_io import Outgoing, read_safetensors, write_safetensors
+from satchel.model.safetensors_io import Outgoing, header, read_safetensors
 from satchel.model.stored import Part, Reader
 
 KEPT = 2
@@ -55,10 +61,10 @@ class Saved:
                 if tensor.numel():
                     reader.read(Part(name), tensor.detach())
 
-    def read(self, file: str) -> dict[str, Tensor]:
+    def read(self, file: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of `file`, as they were saved."""
         stored = read_safetensors(self.folder / f"{file}.safetensors")
-        tensors = {name: torch.empty(s.shape, dtype=PLAIN[s.dtype]) for name, s in stored.items()}
+        tensors = {name: torch.empty(s.shape, dtype=PLAIN[s.dtype], device=device) for name, s in stored.items()}
         self.read_into(file, tensors)
         return tensors
 
@@ -68,43 +74,56 @@ class Checkpoints:
     """The checkpoints of one output folder."""
 
     folder: Path
+    saver: Saver
     note: Callable[[str], None] = lambda text: None  # told of a damaged checkpoint
 
     def save(self, step: int, state: State, files: Mapping[str, Mapping[str, Tensor]]) -> Path:
-        """Write the checkpoint of `step`: JSON state, and named tensors by file stem.
+        """Have the checkpoint of `step` written: JSON state, and named tensors by file stem.
 
-        Raises NoDisk, and leaves nothing of it behind, if the disk is full or cannot be written.
+        Gives its folder, which is there when the saver has finished. If the disk is full or cannot be written, this or
+        a later call of the saver raises NoDisk, and nothing of it is left behind.
         """
-        target, draft = self.folder / f"step-{step:06d}", self.folder / f".step-{step:06d}.part"
+        target = self.folder / f"step-{step:06d}"
+        ordered = {stem: _largest_first(named) for stem, named in files.items()}
+        headers = {stem: header([_outgoing(*item) for item in named.items()]) for stem, named in ordered.items()}
+        outline = _Outline(target, json.dumps(state | {"step": step}), headers, _nbytes(files))
+        self.saver.save(ordered, partial(self._write, outline))
+        return target
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait until what was saved is on the disk. An error that is under way is told rather than the saver's."""
+        with suppress(Exception) if error else nullcontext():
+            self.saver.finish()
+
+    def _write(self, outline: _Outline, streams: Mapping[str, Iterable[memoryview]]) -> None:
+        target = outline.target
+        draft = self.folder / f".{target.name}.part"
         try:
             with writing(self.folder, self._last()):
-                self._write(draft, target, state | {"step": step}, files)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                require_room(self.folder, outline.nbytes, self._last())
+                draft.mkdir()
+                outline.fill(draft, streams)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(draft, target)
+                sync(self.folder)
+                replace_text(self.folder / LATEST, target.name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         for old in self._folders()[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
-        return target
-
-    def _write(self, draft: Path, target: Path, state: State, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        self.require_space(files)
-        draft.mkdir()
-        for stem, tensors in files.items():
-            entries = [Outgoing(name, tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()]
-            write_safetensors(draft / f"{stem}.safetensors", entries)
-        write_text(draft / STATE, json.dumps(state))
-        hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-        write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
-        sync(draft)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(draft, target)
-        sync(self.folder)
-        replace_text(self.folder / LATEST, target.name)
 
     def newest(self) -> Saved | None:
-        """The newest whole checkpoint; None if none was ever saved. Raises JobError if all of them are damaged."""
+        """The newest whole checkpoint; None if none was ever saved. Raises JobError if all of them are damaged.
+
+        Waits for one that is under way.
+        """
+        self.saver.finish()
         folders = self._folders()
         latest = self.folder / LATEST
         named = self.folder / latest.read_text().strip() if latest.exists() else None
@@ -121,9 +140,7 @@ class Checkpoints:
 
     def require_space(self, files: Mapping[str, Mapping[str, Tensor]], copies: int = 1) -> None:
         """Raises NoDisk if the disk has no room for `copies` checkpoints of these tensors."""
-        tensors = [tensor for named in files.values() for tensor in named.values()]
-        needed = copies * (sum(tensor.nbytes for tensor in tensors) + SLACK_BYTES)
-        require_room(self.folder, needed, self._last())
+        require_room(self.folder, copies * _nbytes(files), self._last())
 
     def _folders(self) -> list[Path]:
         """Folders of checkpoints, newest first."""
@@ -137,6 +154,41 @@ class Checkpoints:
     def _last(self) -> str:
         folders = self._folders()
         return f"; kept: {folders[0]}" if folders else ""
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """All of a checkpoint but the bytes of its tensors."""
+
+    target: Path
+    state: str
+    headers: dict[str, bytes]  # of the tensors' files, by stem
+    nbytes: int  # that it takes of the disk at most
+
+    def fill(self, draft: Path, streams: Mapping[str, Iterable[memoryview]]) -> None:
+        """Write the files of the checkpoint into a folder, and flush them to the disk."""
+        hashes: dict[str, str] = {}
+        for stem, stream in streams.items():
+            digest, path = hashlib.sha256(), draft / f"{stem}.safetensors"
+            write_pieces(path, chain([self.headers[stem]], stream), digest.update)
+            hashes[path.name] = digest.hexdigest()
+        write_text(draft / STATE, self.state)
+        hashes[STATE] = sha256(draft / STATE)
+        write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
+        sync(draft)
+
+
+def _largest_first(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(named.items(), key=lambda item: -item[1].nbytes))
+
+
+def _outgoing(name: str, tensor: Tensor) -> Outgoing:
+    return Outgoing(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
+
+
+def _nbytes(files: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """What a checkpoint of these tensors takes of the disk at most."""
+    return sum(tensor.nbytes for named in files.values() for tensor in named.values()) + SLACK_BYTES
 
 
 def damage(folder: Path) -> str | None:

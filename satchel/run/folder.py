@@ -17,7 +17,9 @@ from satchel.model.disk import replace_text
 CLAIM = "run.json"
 J = TypeVar("J", bound=Job)
 # Fields that may change on a resume: they say where and how often, not what is computed.
-FREE = frozenset({"out", "resume", "merge", "memory", "device", "micro_batch", "eval_every", "save_every"})
+FREE = frozenset(
+    {"out", "resume", "merge", "memory", "device", "micro_batch", "eval_every", "save_every", "checkpoint"}
+)
 
 
 def check_out(job: Job) -> None:

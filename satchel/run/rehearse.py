@@ -157,6 +157,7 @@ def _stage(
     tracker.mark("load", "assemble")
     assembly = assemble(job, decoder, [place for place, layer in enumerate(layers) if layer in trained])
     _label(decoder.named_parameters(), "adapter", tracker)
+    tracker.label(assembly.saver.buffers(), "workspace")
     decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, layers))
     (decoder.model.norm or decoder.lm_head).register_forward_pre_hook(
         lambda *_: tracker.mark(tracker.segments[-1].name[0], "head")
@@ -204,6 +205,7 @@ def _evaluate(assembly: Assembly, batch: Batch) -> None:
 
 def _save(job: Job, assembly: Assembly, tracker: Tracker) -> None:
     """Merge and check as `export` does, if the job does; write what it leaves behind, tensor by tensor, to nowhere."""
+    assembly.saver.finish()
     assembly.optimizer.state.clear()
     if assembly.adapter is not None and job.merge:
         prompt_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)

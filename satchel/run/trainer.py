@@ -84,7 +84,7 @@ class Trainer:
         self.out = Path(job.out)
         self.device = assembly.parameters[0][1].device
         self.steps, self.rows = dataset.train.length(job.batch, job.steps, job.epochs)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", report.note)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", assembly.saver, report.note)
         self.progress = Progress(micro_batch=job.micro_batch or job.batch)
 
     def run(self) -> TrainResult:
@@ -98,6 +98,7 @@ class Trainer:
         with (
             MetricsLog(self.out, self.progress.step) as self.log,
             Interrupt(self.report.note) as interrupt,
+            self.checkpoints,
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
         ):
             path = self._loop(interrupt, restored)
@@ -263,10 +264,10 @@ class Trainer:
             self.report.note("no checkpoint had been saved: starting from step 0")
             return None
         saved.read_into("parameters", dict(self.assembly.parameters))
-        self.assembly.optimizer.load_state_dict(push_tensors(saved.state["optimizer"], saved.read("optimizer")))
-        rows_at_once = self.progress.micro_batch  # what fits now may be less than what fitted then
-        self.progress = Progress(**saved.state["progress"])
-        self.progress.micro_batch = min(self.progress.micro_batch, rows_at_once)
+        moments = saved.read("optimizer", self.device)
+        self.assembly.optimizer.load_state_dict(push_tensors(saved.state["optimizer"], moments))
+        now, self.progress = self.progress, Progress(**saved.state["progress"])
+        self.progress.micro_batch = min(self.progress.micro_batch, now.micro_batch)  # what fits now may be less
         self.report.note(f"going on from step {self.progress.step} of {self.steps}")
         return saved.folder
 

@@ -1,1 +1,1 @@
-"""Objectives, learning-rate schedules and activation policies."""
+"""Objectives, learning-rate schedules, activation policies and ways to save checkpoints."""

@@ -10,9 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 JOBS = {
-    "adapter with dropout": {"adapter": "lora:rank=4,dropout=0.1", "save_every": 1},
+    "adapter with dropout": {"adapter": "lora:rank=4,dropout=0.1", "save_every": 1, "checkpoint": "datastates"},
     "all weights in bf16 with stochastic rounding": {"adapter": "none", "dtype": "bf16", "save_every": 2},
     "eight-bit moments": {"adapter": "none", "dtype": "bf16", "optimizer": "adamw8bit", "save_every": 1},
+    "saved while updates come within the backward pass": {
+        "adapter": "none",
+        "optimizer": "lomo:scale=20",
+        "checkpoint": "datastates",
+        "save_every": 1,
+    },
     "projections that are renewed": {"adapter": "none", "optimizer": "galore:rank=4,gap=3", "save_every": 4},
     "micro-batches, evaluations, no packing": {"micro_batch": 2, "eval_every": 3, "packing": False, "save_every": 3},
     "pre-training on a mixture of sources": {"pretrain": True, "dtype": "bf16", "eval_every": 4, "save_every": 2},

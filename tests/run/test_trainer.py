@@ -1,9 +1,12 @@
 """The loop: what it records, how it stops, what it refuses, and that shortage of memory changes no result."""
 
+import errno
+import itertools
 import json
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,3 +329,73 @@ def test_a_full_disk_is_told_after_the_first_step_not_after_the_last(tmp_path, m
         go(toy_job(tmp_path), report)
     assert not [line for line in report.lines if "loss" in line]
     assert not list(Path(tmp_path / "out" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("way", ["blocking", "datastates"])
+def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_the_checkpoint_before_it_stays(
+    tmp_path, monkeypatch, way, steps
+):
+    """The second save fails; in the background, that is told by one of the next steps, or by the end of the run."""
+    from satchel.run import checkpoint
+
+    write, files = checkpoint.write_pieces, []
+
+    def full_in_the_second_checkpoint(path, pieces, see):
+        files.append(path)
+        if len(files) == 4:
+            write(path, itertools.islice(pieces, 1), see)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, pieces, see)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", full_in_the_second_checkpoint)
+    job, report = toy_job(tmp_path, save_every=2, checkpoint=way, steps=steps), Told()
+    with pytest.raises(NoDisk, match="no disk left; free some .*kept: .*step-000002"):
+        go(job, report)
+    assert report.lines[-1]["step"] <= 6
+    monkeypatch.undo()
+    kept = tmp_path / "out" / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["latest", "step-000002"]
+    _, assembly = go(job.replace(resume=True))
+    assert torch.equal(weights(assembly), weights(go(job.replace(out=str(tmp_path / "whole")))[1]))
+
+
+def test_a_run_that_ends_any_way_has_its_last_checkpoint_on_the_disk(tmp_path, monkeypatch):
+    """Saved in the background, on a disk that takes as long as ten steps."""
+    from satchel.run import checkpoint
+
+    write = checkpoint.write_pieces
+
+    def slow(path, pieces, see):
+        time.sleep(0.2)
+        write(path, pieces, see)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", slow)
+    job = toy_job(tmp_path, checkpoint="datastates", save_every=2, eval_share=0.0)
+    result, _ = go(job, governor=Signals(1))
+    assert result.stopped and (result.checkpoint / "manifest.json").exists() and result.progress.step == 2
+
+    def spoil(call, batch, loss):
+        return loss * math.nan if call == 2 else loss
+
+    with pytest.raises(Diverged, match="step 5: .*the last good checkpoint is .*step-000004"):
+        go(job.replace(resume=True), spoil=spoil)
+
+    def fail(call, batch, loss):
+        if call == 1:
+            raise ZeroDivisionError
+        return loss
+
+    job = job.replace(out=str(tmp_path / "other"), save_every=1)
+    with pytest.raises(ZeroDivisionError):
+        go(job, spoil=fail)
+    assert [path.name for path in (tmp_path / "other" / "checkpoints").glob("[!l]*")] == ["step-000001"]
+
+
+def test_a_run_goes_on_from_whatever_way_its_checkpoint_was_saved(tmp_path):
+    job = toy_job(tmp_path)
+    whole = weights(go(job.replace(out=str(tmp_path / "whole")))[1])
+    for number, ways in enumerate([("blocking", "datastates"), ("datastates", "blocking")]):
+        first, second = (job.replace(out=str(tmp_path / str(number)), checkpoint=way) for way in ways)
+        assert go(first, governor=Signals(2))[0].stopped
+        assert torch.equal(weights(go(second.replace(resume=True))[1]), whole)
