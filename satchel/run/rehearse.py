@@ -38,6 +38,7 @@ from satchel.run.extend import BACKWARD, FORWARD, Phase, extend, shallow, stand_
 from satchel.run.step import Metrics, StepLoss, take_step
 from satchel.run.tracker import Segment, Tracker, Work
 
+SPILL = "spill/"  # the kind of work of the operator that moves activations out
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -49,6 +50,13 @@ class Rehearsal:
     work: Counter[Work]  # of one optimizer step
     tokens: int  # of one optimizer step
     phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and its check, save
+    micro_batches: int = 1  # of one optimizer step
+
+    @property
+    def second_tier_bytes(self) -> int:
+        """What a step's forward passes move out of the device at most, and its backward passes bring back."""
+        spilled = sum(item.moved_bytes * count for item, count in self.work.items() if item.kind.startswith(SPILL))
+        return spilled // self.micro_batches
 
     @property
     def peak(self) -> Phase:
@@ -103,7 +111,7 @@ def _rehearse(
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
     work.update(_scaled(update, len(trained & set(layers)), len(trained)))
     phases = _phase_work(tracker.segments, stands)
-    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases)
+    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases, micro_batches)
 
 
 @dataclass(frozen=True)

@@ -22,4 +22,10 @@ def recomputed(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def draws(block: Any) -> bool:
     """Whether the block draws random numbers, so that its second run has to draw the same."""
     modules = block.modules() if isinstance(block, nn.Module) else ()
-    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in modules)
+    return any(module.training and _dropout(module) > 0 for module in modules)
+
+
+def _dropout(module: nn.Module) -> float:
+    """The share that a module drops: that of torch's own, or of an adapter whose field `dropout` says so."""
+    share = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+    return share if isinstance(share, float) else 0.0

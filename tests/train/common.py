@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from satchel.model.adapters import adapter_parameters, attach
 from satchel.train.causal_lm import CausalLM
 from tests.tolerances import TOLERANCE
 from tests.train.toys import toy_batch
@@ -21,6 +22,14 @@ def check_equals_transformers(schedule, get_schedule, steps=200, **knobs):
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=TOLERANCE[torch.float64])
         optimizer.step()
         theirs.step()
+
+
+def adapt(decoder, method):
+    """Put adapters on the decoder that change what it computes, as trained ones do."""
+    rng = torch.Generator().manual_seed(0)
+    attach(decoder, method, rng)
+    for _, parameter in adapter_parameters(decoder):
+        parameter.data.normal_(0, 0.1, generator=rng)
 
 
 def gradients(decoder, policy, batch):

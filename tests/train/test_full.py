@@ -2,8 +2,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from satchel.adapt.lora import Lora
 from satchel.train.full import Full
-from tests.train.common import gradients, saved_bytes
+from tests.train.common import adapt, gradients, saved_bytes
 from tests.train.toys import toy_batch, toy_decoder
 
 
@@ -28,6 +29,15 @@ def test_dropout_draws_the_same_twice():
         got = block[0].weight.grad.clone()
         assert want is None or torch.equal(got, want)
         want = got
+
+
+def test_an_adapters_dropout_draws_the_same_twice():
+    decoder, batch, found = toy_decoder(), toy_batch(), []
+    adapt(decoder, Lora(dropout=0.5))
+    for policy in (Full(), None):
+        torch.manual_seed(0)
+        found.append([g for g in gradients(decoder, policy, batch) if g is not None])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
 
 
 def test_runs_on_fake_tensors():
