@@ -25,7 +25,7 @@ class Card:
     """Eight fields; a ninth needs two consumers on the day it lands.
 
     A dial's cheap end saves the most; towards its neutral end the method comes nearer to the plain job, or spends less.
-    The planner turns it to the most neutral value that fits the budget.
+    The planner turns it to the most neutral value that fits the budget; a knob that is None is the method's own choice.
     """
 
     paper: str  # URL of the paper or specification

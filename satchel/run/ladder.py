@@ -190,6 +190,7 @@ class Ladder:
             return one is not None and one.fits
 
         value = getattr(book.make(slot, spelling), dial[0])
+        value = dial[1] if value is None else value  # a method that turns its dial itself fits at the cheap end too
         found = bisect(fits, value, dial[2])
         best = rung if found == value else self._largest(at(found))
         slower = best.seconds_per_step > rung.seconds_per_step

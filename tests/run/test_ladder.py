@@ -26,6 +26,8 @@ class Formula(Pricing):
     def rung(self, job):
         if self.refused and self.refused in job.optimizer:
             raise UserError("no matrix of this model is larger than the rank")
+        if job.activations.partition(":")[0] not in (*KEPT, "selective"):
+            raise UserError("the formula knows no such policy")
         kept = KEPT.get(job.activations)
         kept = book.make("activations", job.activations).keep if kept is None else kept
         state = {"adamw": 100, "adamw8bit": 50}.get(job.optimizer)
