@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from satchel.core import book
-from satchel.core.errors import UnknownName, UserError
-from satchel.core.knobs import REQUIRED, Knob, read_knobs
+from satchel.core.errors import UserError
+from satchel.core.knobs import Knob, accept_all, read_knobs
 from satchel.core.units import parse_bytes
 
 # Each is named after its slot.
@@ -81,14 +81,7 @@ class Job:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "job") -> Self:
         """A job from plain values. Raises UnknownName for a key, UserError for a type, a range or a missing key."""
-        known = {knob.name: knob for knob in job_knobs(cls)}
-        for name in values:
-            if name not in known:
-                raise UnknownName("key", name, known, where)
-        for name, knob in known.items():
-            if knob.default is REQUIRED and not values.get(name):
-                raise UserError(f"{where}: '{name}' is missing; it is {knob.comment}")
-        return cls(**{name: known[name].accept(value, where) for name, value in values.items()})
+        return cls(**accept_all(job_knobs(cls), values, where))
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:

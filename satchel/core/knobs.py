@@ -8,7 +8,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -151,3 +151,15 @@ def _accept(kind: ast.expr, value: Any) -> Any:
 
 def _refuse() -> Any:
     raise ValueError
+
+
+def accept_all(knobs: Iterable[Knob], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of a mapping, each of its knob's kind. Raises UnknownName for a key, UserError for a missing one."""
+    known = {knob.name: knob for knob in knobs}
+    for name in values:
+        if name not in known:
+            raise UnknownName("key", name, known, where)
+    for name, knob in known.items():
+        if knob.default is REQUIRED and not values.get(name):
+            raise UserError(f"{where}: '{name}' is missing; it is {knob.comment}")
+    return {name: known[name].accept(value, where) for name, value in values.items()}

@@ -116,40 +116,53 @@ struct Rows {
   int at(int row) const { return first_at + row / group; }
 };
 
-// Scores of rows [row, row + R) with the keys of one page, scaled, capped, hidden where a row may not look.
-template <typename T, int R>
-void score(const Batch& b, const Rows& rows, int row, const T* keys, int start, Vector* out) {
-  Vector s[R] = {};
+// Scores of rows [row, row + R) with the keys of P pages, scaled, capped, hidden where a row may not look.
+template <typename T, int R, int P>
+void score(const Batch& b, const Rows& rows, int row, const T* const* keys, int start, Vector* out) {
+  Vector s[R][P] = {};
   const float* q = rows.q.data() + int64_t{row} * b.dim;
-  for (int e = 0; e < b.dim; ++e) {
-    const Vector k = widen16(keys + e * kPage);
-    for (int r = 0; r < R; ++r) s[r] += q[r * b.dim + e] * k;
-  }
+  for (int e = 0; e < b.dim; ++e)
+    for (int p = 0; p < P; ++p) {
+      const Vector k = widen16(keys[p] + e * kPage);
+      for (int r = 0; r < R; ++r) s[r][p] += q[r * b.dim + e] * k;
+    }
   const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int r = 0; r < R; ++r) {
-    if (b.cap > 0)
-      for (int i = 0; i < kPage; ++i) s[r][i] = b.cap * std::tanh(s[r][i] / b.cap);
     const int at = rows.at(row + r), oldest = b.window > 0 ? at - b.window + 1 : 0;
-    const Ints key = lane + start;
-    out[r * (kSpan / kPage)] = ((key > at) | (key < oldest)) ? all(kNever) : s[r];
+    for (int p = 0; p < P; ++p) {
+      if (b.cap > 0)
+        for (int i = 0; i < kPage; ++i) s[r][p][i] = b.cap * std::tanh(s[r][p][i] / b.cap);
+      const Ints key = lane + (start + p * kPage);
+      out[r * (kSpan / kPage) + p] = ((key > at) | (key < oldest)) ? all(kNever) : s[r][p];
+    }
   }
 }
 
-// out = out * keep + sum over tokens of share * value, for rows [row, row + R).
+// Features [e, e + 16 W) of: out = out * keep + sum over tokens of share * value, for rows [row, row + R).
+template <typename T, int R, int W>
+void mix_some(const Batch& b, float* out, int e, const float* weight, const float* keep, const T* const* values,
+              int keys) {
+  Vector sum[R][W];
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) sum[r][w] = reinterpret_cast<Vector*>(out + r * b.dim + e)[w] * keep[r];
+  for (int t = 0; t < keys; ++t) {
+    const T* value = values[t / kPage] + t % kPage * b.dim + e;
+    for (int w = 0; w < W; ++w) {
+      const Vector v = widen16(value + w * kPage);
+      for (int r = 0; r < R; ++r) sum[r][w] += weight[r * kSpan + t] * v;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) reinterpret_cast<Vector*>(out + r * b.dim + e)[w] = sum[r][w];
+}
+
 template <typename T, int R>
 void mix(const Batch& b, Rows& rows, int row, const Vector* share, const float* keep, const T* const* values, int keys) {
   const float* weight = reinterpret_cast<const float*>(share);
   float* out = rows.out.data() + int64_t{row} * b.dim;
   int e = 0;
-  for (; e + kPage <= b.dim; e += kPage) {
-    Vector sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = *reinterpret_cast<Vector*>(out + r * b.dim + e) * keep[r];
-    for (int t = 0; t < keys; ++t) {
-      const Vector v = widen16(values[t / kPage] + t % kPage * b.dim + e);
-      for (int r = 0; r < R; ++r) sum[r] += weight[r * kSpan + t] * v;
-    }
-    for (int r = 0; r < R; ++r) *reinterpret_cast<Vector*>(out + r * b.dim + e) = sum[r];
-  }
+  for (; e + 4 * kPage <= b.dim; e += 4 * kPage) mix_some<T, R, 4>(b, out, e, weight, keep, values, keys);
+  for (; e + kPage <= b.dim; e += kPage) mix_some<T, R, 1>(b, out, e, weight, keep, values, keys);
   for (; e < b.dim; ++e)
     for (int r = 0; r < R; ++r) {
       float sum = out[r * b.dim + e] * keep[r];
@@ -164,7 +177,9 @@ void span(const Batch& b, Rows& rows, int row, int start, int count, const T* co
   constexpr int kVectors = kSpan / kPage;
   Vector s[R * kVectors];
   const int pages = (count + kPage - 1) / kPage;
-  for (int p = 0; p < pages; ++p) score<T, R>(b, rows, row, keys[p], start + p * kPage, s + p);
+  int done = 0;
+  for (; done + 2 <= pages; done += 2) score<T, R, 2>(b, rows, row, keys + done, start + done * kPage, s + done);
+  if (done < pages) score<T, R, 1>(b, rows, row, keys + done, start + done * kPage, s + done);
   float keep[R];
   for (int r = 0; r < R; ++r) {
     Vector* mine = s + r * kVectors;

@@ -190,13 +190,15 @@ class Engine:
                 complete.append((number, part))
             else:
                 self.scheduler.seen(s, s.cached + len(part.tokens))
-        for group in groups(complete):
-            rows = [row for _, part in group for row in part.rows]
-            logits_RV = logits(self.model, x_ND[rows])
-            sizes = [len(part.rows) for _, part in group]
-            for (number, part), mine_RV in zip(group, logits_RV.split(sizes), strict=True):
-                events += self._answer(sequences[number], part.draft, mine_RV)
+        for group in groups(complete):  # the logits of one die before those of the next are made
+            events += self._answer_some([(sequences[number], part) for number, part in group], x_ND)
         return events
+
+    def _answer_some(self, group: list[tuple[Sequence, Part]], x_ND: Tensor) -> list[Event]:
+        logits_RV = logits(self.model, x_ND[[row for _, part in group for row in part.rows]])
+        split = logits_RV.split([len(part.rows) for _, part in group])
+        told = [self._answer(s, part.draft, mine_RV) for (s, part), mine_RV in zip(group, split, strict=True)]
+        return [event for events in told for event in events]
 
     def _answer(self, s: Sequence, draft: Items[int], logits_RV: Tensor) -> list[Event]:
         """What the logits after all its tokens make of a sequence, and of answers that begin with the same prompt."""
@@ -254,11 +256,11 @@ class Engine:
         missing = range(max(part.past + 1, len(s.prompt_logprobs)), stop)
         for start in range(missing.start, missing.stop, HEAD_ROWS):
             some = range(start, min(start + HEAD_ROWS, missing.stop))
-            logits_RV = logits(self.model, x_ND[[part.first + at - 1 - part.past for at in some]])
-            top = s.request.logprobs or 0
-            s.prompt_logprobs += [
-                logprob_of(row_V, s.tokens[at], top) for at, row_V in zip(some, logits_RV, strict=True)
-            ]
+            x_RD = x_ND[[part.first + at - 1 - part.past for at in some]]
+            s.prompt_logprobs += self._logprobs([s.tokens[at] for at in some], x_RD, s.request.logprobs or 0)
+
+    def _logprobs(self, tokens: list[int], x_RD: Tensor, top: int) -> list[Logprob]:
+        return [logprob_of(row_V, t, top) for t, row_V in zip(tokens, logits(self.model, x_RD), strict=True)]
 
     def _end(self, s: Sequence, finish: str, error: str = "") -> list[Event]:
         """Ends an answer before its time, and those that would have begun with it."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from satchel.core.book import make
 from satchel.core.job import Job
-from satchel.core.seams import Activations, Run
+from satchel.core.seams import Activations, Run, WeightFormat
 from satchel.model.batch import Batch
 from satchel.model.block import Block
 from satchel.model.config import ModelConfig
@@ -156,12 +156,7 @@ def _stage(
     job: Job, config: ModelConfig, layers: list[int], trained: frozenset[int], device: str, tracker: Tracker
 ) -> Assembly:
     """Build and assemble the job with these layers alone, all parameters labelled, every stretch of a step marked."""
-    tracker.mark("load", "model")
-    pattern = tuple(config.layer_kinds[index] for index in layers)
-    shell = Decoder(dataclasses.replace(config, layers=len(layers), pattern=pattern), DTYPES[job.dtype], device="meta")
-    parts = {name: Part(name) for name, _ in shell.named_parameters()}
-    decoder = fill(shell, parts, _NoFiles(), device, make("format", job.format))
-    _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
+    decoder = staged(config, layers, DTYPES[job.dtype], device, make("format", job.format), tracker)
     tracker.mark("load", "assemble")
     assembly = assemble(job, decoder, [place for place, layer in enumerate(layers) if layer in trained])
     _label(decoder.named_parameters(), "adapter", tracker)
@@ -173,6 +168,24 @@ def _stage(
     for name, parameter in (pair for pair in assembly.parameters if pair[1].requires_grad):
         parameter.register_post_accumulate_grad_hook(partial(_label_gradient, name, tracker))
     return assembly
+
+
+def staged(
+    config: ModelConfig,
+    layers: list[int],
+    dtype: torch.dtype,
+    device: str,
+    storage: WeightFormat | None,
+    tracker: Tracker,
+) -> Decoder:
+    """The decoder with these layers alone, loaded from nowhere, its weights labelled."""
+    tracker.mark("load", "model")
+    pattern = tuple(config.layer_kinds[index] for index in layers)
+    shell = Decoder(dataclasses.replace(config, layers=len(layers), pattern=pattern), dtype, device="meta")
+    parts = {name: Part(name) for name, _ in shell.named_parameters()}
+    decoder = fill(shell, parts, _NoFiles(), device, storage)
+    _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
+    return decoder
 
 
 def _marked(tracker: Tracker, compute: Callable[[], Metrics]) -> Metrics:

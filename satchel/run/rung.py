@@ -76,7 +76,10 @@ class Pricing:
     def rung(self, job: Job) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
         rehearsal = rehearse(job, self.config, self._documents(job), self.machine.kind)
-        accounts = rehearsal.peak.accounts | self._process(rehearsal)
+        weights = rehearsal.peak.accounts.get("weights", 0)
+        accounts = rehearsal.peak.accounts | {
+            PROCESS: process_bytes(self.machine.kind, rehearsal.peak.peak_bytes, weights)
+        }
         step = self.machine.seconds(rehearsal.work)
         rung = Rung(
             changes=_differences(self.given, job),
@@ -144,14 +147,15 @@ class Pricing:
         filler = whole(sum(lengths)) - sum(lengths)
         return lengths + (filler,) * (filler > 0)
 
-    def _process(self, rehearsal: Rehearsal) -> dict[str, int]:
-        """What the process holds beside its tensors, on the device that computes."""
-        if self.machine.kind == "cuda":
-            return {PROCESS: int(BLOCKS * rehearsal.peak.peak_bytes)}
-        pool, loose = install_pool(), 0
-        if pool is None:
-            loose = int(LOOSE_HEAP * (rehearsal.peak.peak_bytes - rehearsal.peak.accounts.get("weights", 0)))
-        return {PROCESS: resident_bytes() - (pool.resident_bytes if pool else 0) + GROWTH + loose}
+
+def process_bytes(kind: str, tensors: int, weights: int) -> int:
+    """What a process holds beside its tensors, of which it has so many bytes at the peak, on the device that computes."""
+    if kind == "cuda":
+        return int(BLOCKS * tensors)
+    pool = install_pool()
+    if pool is None:
+        return resident_bytes() + GROWTH + int(LOOSE_HEAP * (tensors - weights))
+    return resident_bytes() - pool.resident_bytes + GROWTH
 
 
 def changed_slots(given: Job, job: Job) -> list[str]:

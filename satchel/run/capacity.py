@@ -1,0 +1,96 @@
+"""How large a pool an engine may have: a step is rehearsed at its largest, the rest of the memory becomes blocks.
+
+    blocks = (memory - process - weights - largest step) / bytes of a block
+
+What a step takes beside weights and pool does not depend on the pool, so one rehearsal is enough, whatever the memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from satchel.core.book import make
+from satchel.core.errors import DoesNotFit, UserError
+from satchel.core.request import Sampling
+from satchel.core.serve import ServeJob
+from satchel.core.units import format_bytes, parse_bytes
+from satchel.model.config import ModelConfig
+from satchel.model.paged import PAGE, Pool, block_bytes
+from satchel.model.sampling import gumbel, kept
+from satchel.run.assemble import DTYPES
+from satchel.run.extend import extend, shallow, stand_ins
+from satchel.run.forward import HEAD_ROWS, Part, hidden, logits
+from satchel.run.memory import available_bytes, resident_bytes
+from satchel.run.rehearse import staged
+from satchel.run.rung import PROCESS, process_bytes
+from satchel.run.scheduler import Limits
+from satchel.run.tracker import Tracker
+
+LEAST = 512  # tokens that a pool holds at least; one whole context if that is shorter
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits into the memory of a serve job."""
+
+    limits: Limits
+    budget_bytes: int
+    accounts: dict[str, int]  # bytes of the peak: weights, workspace, process, kv
+
+    @property
+    def tokens(self) -> int:
+        """Whose keys and values the pool holds."""
+        return self.limits.blocks * PAGE
+
+
+def capacity(job: ServeJob, config: ModelConfig, device: str) -> Capacity:
+    """The limits of an engine on this machine, now. Raises DoesNotFit with the memory that would do."""
+    if job.context > config.context:
+        raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
+    context, each = job.context or config.context, block_bytes(config, DTYPES[job.dtype])
+    budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
+    tensors = rehearse_engine(job, config, device)
+    accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"])}
+    fixed = sum(accounts.values())
+    most, least = job.batch * -(-context // PAGE), -(-min(context, LEAST) // PAGE)
+    blocks = min((budget - fixed) // each, most)
+    if blocks < least:
+        needs = format_bytes((fixed + least * each) * 1.005)
+        raise DoesNotFit(
+            f"the engine needs {needs} and the budget is {format_bytes(budget)}; raise memory, pack the weights with "
+            f"format=int8, or lower step_tokens={job.step_tokens}"
+        )
+    limits = Limits(blocks, job.batch, job.step_tokens, context)
+    return Capacity(limits, budget, accounts | {"kv": blocks * each})
+
+
+def rehearse_engine(job: ServeJob, config: ModelConfig, device: str) -> dict[str, int]:
+    """Bytes by account at the peak of loading and of the largest step, the pool left out."""
+    layers = shallow(config.layer_kinds)
+    with FakeTensorMode(), Tracker("load", "model") as tracker:
+        model = staged(config, layers, DTYPES[job.dtype], device, make("format", job.format), tracker)
+        pool = Pool(model.config, 1, DTYPES[job.dtype], device)
+        tracker.label([pool.data], "kv")
+        tracker.mark("step", "blocks")
+        part = Part([0] * job.step_tokens, [], [0] * -(-job.step_tokens // PAGE), 0, 0)
+        x_ND = hidden(model, pool, [part])
+        tracker.mark("step", "head")
+        _choose(logits(model, x_ND[: min(HEAD_ROWS, job.step_tokens)]))
+    phases = extend(tracker, stand_ins(config.layer_kinds, layers))
+    peak = max(phases, key=lambda phase: phase.peak_bytes - phase.accounts.get("kv", 0))
+    return {account: size for account, size in peak.accounts.items() if account != "kv"}
+
+
+def _choose(logits_RV: Tensor) -> None:
+    """What `choose` allocates at most, but for the choice itself, which needs values."""
+    logit_C, token_C = kept(logits_RV[0], Sampling(temperature=1.0))
+    torch.add(logit_C, gumbel(0, token_C))
+
+
+def _free(device: str) -> int:
+    """What this process could hold in all, on the device that computes."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes() + resident_bytes()

@@ -1,0 +1,73 @@
+"""From a serve job to an engine that is ready: capacity first, weights after, then the memory's limit in force."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from satchel.core.book import make
+from satchel.core.request import Request, Sampling
+from satchel.core.serve import ServeJob
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.load import load
+from satchel.model.paged import PAGE
+from satchel.model.source import find_source, load_tokenizer
+from satchel.model.tokenizer import Tokenizer
+from satchel.run.assemble import DTYPES
+from satchel.run.capacity import Capacity, capacity
+from satchel.run.device import resolve
+from satchel.run.engine import Engine
+from satchel.run.governor import Governor
+from satchel.run.memory import install_pool
+from satchel.run.scheduler import Limits
+from satchel.run.warm import miniature
+
+
+@dataclass(frozen=True)
+class Service:
+    """An engine and what it was made from."""
+
+    job: ServeJob
+    engine: Engine
+    tokenizer: Tokenizer
+    capacity: Capacity
+    governor: Governor  # call `end` when the engine is no longer used
+
+
+def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> Service:
+    """Load the model and make its engine. Raises DoesNotFit with the memory that would do, UserError as `load` does."""
+    device = resolve(job.device)
+    pages = install_pool() if device == "cpu" else None
+    source = find_source(job.model)
+    tokenizer = load_tokenizer(source)
+    _warm_up(job, source.config, device)
+    room = capacity(job, source.config, device)
+    governor = Governor(device, room.budget_bytes, pages)
+    governor.begin()
+    model = load(source, DTYPES[job.dtype], device, make("format", job.format))
+    engine = Engine(
+        model,
+        room.limits,
+        tokenizer,
+        admission=job.admission,
+        decoding=job.decoding,
+        seed=job.seed,
+        clock=clock,
+    )
+    return Service(job, engine, tokenizer, room, governor)
+
+
+def _warm_up(job: ServeJob, config: ModelConfig, device: str) -> None:
+    """Bring the process to its working size before its memory is counted: serve a little with two of its blocks."""
+    model = Decoder(miniature(config), DTYPES[job.dtype], device)
+    model.init_weights(torch.Generator(device).manual_seed(0))
+    context = min(job.step_tokens + 8, model.config.context)
+    engine = Engine(model, Limits(2 * context // PAGE + 4, 4, job.step_tokens, context))
+    for temperature in (0.0, 1.0):
+        how = Sampling(temperature=temperature, top_p=0.9 if temperature else 1.0)
+        engine.submit(Request(prompt=(1,) * (context - 3), max_tokens=3, sampling=how))
+    engine.run()

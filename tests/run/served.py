@@ -1,0 +1,53 @@
+"""A real engine in a process of its own, whose torch allocates from the page pool; prints what it held.
+
+python -m tests.run.served FORMAT
+"""
+
+import json
+import sys
+
+import torch
+
+from satchel.core.book import make
+from satchel.core.request import Request, Sampling
+from satchel.core.serve import ServeJob
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.model.linear import dense_OI, linears, swap
+from satchel.run.capacity import rehearse_engine
+from satchel.run.engine import Engine
+from satchel.run.memory import install_pool
+from satchel.run.scheduler import Limits
+
+LLAMA = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 640}
+LLAMA |= {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+LLAMA |= {"max_position_embeddings": 1024, "tie_word_embeddings": True}
+
+
+def stored(config: ModelConfig, storage: str) -> Decoder:
+    """A model of random weights in a format."""
+    model = Decoder(config, torch.bfloat16)
+    model.init_weights(torch.Generator().manual_seed(0))
+    if method := make("format", storage):
+        for path, module in linears(model).items():
+            swap(model, path, method.pack(dense_OI(module)))
+    return model
+
+
+def main(storage: str) -> None:
+    """Predicted bytes of weights and workspace, then measured ones, the pool left out."""
+    pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
+    torch.set_num_threads(1)
+    job = ServeJob(model="toy", format=storage, step_tokens=256)
+    predicted = sum(rehearse_engine(job, config, "cpu").values())
+    engine = Engine(stored(config, storage), Limits(blocks=100, batch=32, step_tokens=256, context=1024))
+    pages.reset_peak()
+    for length, temperature in ((700, 0.0), (256, 1.0), *((9, 0.7),) * 20):
+        engine.submit(Request(prompt=(5,) * length, max_tokens=4, sampling=Sampling(temperature=temperature)))
+    engine.submit(Request(prompt=(5,) * 300, max_tokens=1, prompt_logprobs=True))  # logits of a whole chunk
+    engine.run()
+    print(json.dumps([predicted, pages.peak_bytes - engine.pool.data.nbytes]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
