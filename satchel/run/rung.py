@@ -149,7 +149,7 @@ class Pricing:
 
 
 def process_bytes(kind: str, tensors: int, weights: int) -> int:
-    """What a process holds beside its tensors, of which it has so many bytes at the peak, on the device that computes."""
+    """What a process holds on the device that computes beside its tensors, of which it has so many bytes."""
     if kind == "cuda":
         return int(BLOCKS * tensors)
     pool = install_pool()
