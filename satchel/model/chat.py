@@ -35,9 +35,9 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template cannot be read: {error}; give another one") from error
 
-    def render(self, messages: Messages, generate: bool = False) -> str:
-        """The text of the messages; `generate` adds the header of the assistant's next turn."""
-        return re.sub(f"[{OPEN}{CLOSE}]", "", self._marked(messages, generate))
+    def render(self, messages: Messages, generate: bool = False, tools: Messages | None = None) -> str:
+        """The text of the messages; `generate` adds the header of the assistant's next turn, `tools` are announced."""
+        return re.sub(f"[{OPEN}{CLOSE}]", "", self._marked(messages, generate, tools))
 
     def spans(self, messages: Messages, ends: Sequence[str]) -> tuple[str, list[Span]]:
         """The text, and where in it the assistant wrote, with the end-of-turn token.
@@ -65,11 +65,12 @@ class ChatTemplate:
             "answer per conversation, or on a template whose answers lie in {% generation %} blocks"
         )
 
-    def _marked(self, messages: Messages, generate: bool) -> str:
-        plain = json.loads(json.dumps(list(messages)))  # nothing with methods reaches the template
+    def _marked(self, messages: Messages, generate: bool, tools: Messages | None = None) -> str:
+        # Nothing with methods reaches the template.
+        plain, plain_tools = json.loads(json.dumps([list(messages), tools and list(tools)]))
         try:
             return self._compiled.render(
-                messages=plain, tools=None, documents=None, add_generation_prompt=generate, **self.names
+                messages=plain, tools=plain_tools, documents=None, add_generation_prompt=generate, **self.names
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)

@@ -67,9 +67,9 @@ class Tokenizer:
     def _id(self, role: str) -> int | None:
         return self.backend.token_to_id(self.special[role]) if role in self.special else None
 
-    def chat(self, messages: Messages, generate: bool = False) -> str:
+    def chat(self, messages: Messages, generate: bool = False, tools: Messages | None = None) -> str:
         """The text that the model reads for these messages; `generate` opens the assistant's next turn."""
-        return self._template.render(messages, generate)
+        return self._template.render(messages, generate, tools)
 
     def chat_tokens(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and which of them the assistant wrote, its end-of-turn token included.

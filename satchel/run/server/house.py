@@ -1,0 +1,139 @@
+"""What every route works with: the engine's worker, the tokenizer, the names of models, the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from satchel.core.errors import nearest
+from satchel.core.request import Logprob
+from satchel.model.paged import PAGE
+from satchel.model.tokenizer import Tokenizer
+from satchel.run.memory import resident_bytes
+from satchel.run.scheduler import Limits
+from satchel.run.server.faults import Fault, overloaded, unavailable
+from satchel.run.server.grammar import Grammar
+from satchel.run.server.metrics import Metrics
+from satchel.run.server.worker import Worker
+
+STALL_S = 120.0  # without a step, while requests are open, after which something is wrong
+LONG_TEXT = 20_000  # characters; encoding more would hold up the event loop
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client may ask for."""
+
+    queue: int = 256  # requests that may be open at once; more are told to come again
+    body_bytes: int = 8 << 20  # longest body
+    timeout_s: float = 600.0  # longest time from submission to the last token
+    read_s: float = 30.0  # longest time for a body to arrive, and for a client to take what was sent
+    drain_s: float = 30.0  # after SIGTERM, for what runs
+
+
+@dataclass
+class House:
+    """One model that is served."""
+
+    worker: Worker
+    tokenizer: Tokenizer
+    name: str  # of the model, as clients call it
+    limits: Limits
+    metrics: Metrics
+    terms: Terms = field(default_factory=Terms)
+    weight_bytes: int = 0
+    budget_bytes: int | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    grammar: Grammar = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grammar = Grammar(self.tokenizer, self.worker.engine.model.config.vocab)
+        self.metrics.watch(lambda: self.worker.stats, self.accounts)
+
+    @property
+    def models(self) -> list[str]:
+        """The names that a request may ask for: the model, then its adapters."""
+        return [self.name]
+
+    def adapter(self, model: str | None) -> str:
+        """The adapter that a `model` of a request stands for; empty for the bare model. Raises Fault for neither."""
+        if model in (None, "", self.name):
+            return ""
+        if model in self.models:
+            return model
+        raise Fault(404, f"no model '{model}'; {nearest(model, self.models)}", param="model", code="model_not_found")
+
+    def admit(self, requests: int) -> None:
+        """Raises Fault when no more requests can be taken now."""
+        if self.draining:
+            raise unavailable("the server is shutting down; ask another one", self.terms.drain_s)
+        if not self.worker.alive:
+            raise unavailable("the engine has stopped; see the server's log")
+        if self.worker.open and self.worker.open + requests > self.terms.queue:
+            wait_s = self.metrics.seconds_per_request() * (self.worker.open - self.limits.batch / 2)
+            raise overloaded(
+                f"{self.worker.open} requests are open, and this server takes {self.terms.queue} at once; come again",
+                min(max(wait_s, 1.0), 60.0),
+            )
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine works: it is there, and its last step is not long ago."""
+        return self.worker.alive and (self.worker.idle or time.monotonic() - self.worker.stepped_s < STALL_S)
+
+    def accounts(self) -> dict[str, int]:
+        """Bytes of the process now, by what they are for; `free` is what the budget has left."""
+        stats = self.worker.stats
+        pool, held = stats["blocks"] * stats["block_bytes"], stats["blocks_held"] * stats["block_bytes"]
+        idle = stats["blocks_idle"] * stats["block_bytes"]
+        resident = resident_bytes()
+        found = {"weights": self.weight_bytes, "keys and values, held": held, "keys and values, reusable": idle}
+        found["keys and values, free"] = pool - held - idle
+        found["process"] = max(resident - self.weight_bytes - pool, 0)
+        if self.budget_bytes is not None:
+            found["free"] = max(self.budget_bytes - max(resident, self.weight_bytes + pool), 0)
+        return found
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the page shows."""
+        return {
+            "model": self.name,
+            "models": self.models,
+            "context": self.limits.context,
+            "budget_bytes": self.budget_bytes,
+            "memory": self.accounts(),
+            "open": self.worker.open,
+            "draining": self.draining,
+            "time_s": time.monotonic(),
+            **self.worker.stats,
+        }
+
+    async def encode(self, text: str, special: bool) -> tuple[int, ...]:
+        """Token ids of a text, without holding up others for a long one."""
+        if len(text) <= LONG_TEXT:
+            return tuple(self.tokenizer.encode(text, special))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, special))
+
+    def room(self, prompt_tokens: int) -> int:
+        """The longest answer to a prompt; at least 1, so that one that is too long is refused with its numbers."""
+        from_pool = self.limits.blocks * PAGE
+        return max(1, min(self.limits.context, from_pool) - prompt_tokens)
+
+    def stop_tokens(self, ignored: bool) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return () if ignored else self.tokenizer.stop_ids
+
+    def shown(self, logprob: Logprob) -> Sequence[tuple[int, float]]:
+        """The alternatives to report, the token itself among them."""
+        return (
+            logprob.top
+            if any(token == logprob.token for token, _ in logprob.top)
+            else (
+                *logprob.top,
+                (logprob.token, logprob.logprob),
+            )
+        )
