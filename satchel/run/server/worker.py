@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from satchel.core.errors import SatchelError
 from satchel.core.request import Event, Request, Usage
@@ -78,7 +78,7 @@ class Worker:
         self.failure: BaseException | None = None  # what ended the thread before its time
         self.stepped_s = time.monotonic()  # when the engine last made progress, or had nothing to do
         self._loop = asyncio.get_running_loop()
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # by request; the thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -95,6 +95,7 @@ class Worker:
 
     async def submit(self, requests: Sequence[Request]) -> Stream:
         """Gives requests to the engine, all or none. Raises UserError for one that can never run."""
+        self._require_life()
         stream = Stream(self, requests, len(requests))
         self.open += len(requests)
         try:
@@ -106,20 +107,25 @@ class Worker:
 
     def cancel(self, stream: Stream) -> None:
         """Ends what has not ended of a stream."""
-        self._tasks.put(lambda: self._cancel(stream))
+        self._tasks.put((Future(), lambda: self._cancel(stream)))
 
     async def ask(self, task: Callable[[], T]) -> T:
         """The result of a function that the engine's thread calls between two steps."""
-        if not self.alive:
-            raise SatchelError(f"the engine has stopped: {self.failure}")
+        self._require_life()
         answer: Future[T] = Future()
-        self._tasks.put(lambda: _fulfil(answer, task))
+        self._tasks.put((answer, task))
+        if not self.alive:
+            self._refuse()  # the thread may have ended before it saw the task
         return await asyncio.shield(asyncio.wrap_future(answer))  # a task that was begun is finished
 
     async def stop(self) -> None:
         """Ends what is open, and the thread. Its last step is waited for."""
         self._tasks.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    def _require_life(self) -> None:
+        if not self.alive:
+            raise SatchelError(f"the engine has stopped: {self.failure}")
 
     # From here on: the thread.
 
@@ -132,6 +138,7 @@ class Worker:
             log.exception("the engine has stopped")
             self.failure = error
             self._fail(f"the engine has stopped: {error}")
+        self._refuse()
 
     def _work(self) -> bool:
         """Does what was asked, and one step; waits where there is neither. False at the end."""
@@ -141,7 +148,7 @@ class Worker:
             task = self._tasks.get()
             if task is None:
                 return False
-            task()
+            _fulfil(*task)
             wait = self.engine.idle and self._tasks.empty()
         self._step()
         return True
@@ -174,6 +181,12 @@ class Worker:
 
     def _cancel(self, stream: Stream) -> None:
         self._publish([event for id in stream.ids for event in self.engine.cancel(id)])
+
+    def _refuse(self) -> None:
+        """Tells those whose tasks will never be done."""
+        while not self._tasks.empty():
+            if task := self._tasks.get():
+                task[0].set_exception(SatchelError(f"the engine has stopped: {self.failure}"))
 
     def _fail(self, why: str) -> None:
         self._publish([Event(id, finish="error", error=why, usage=Usage(0, 0)) for id in self._streams])
