@@ -35,6 +35,8 @@ BASE = "adamw"
 VOCABULARY = 4096  # of the model from scratch; rarer tokens are one
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
 SWEEP_SEED = 100
+RANKED = ("galore", "apollo", "owlore", "gradnormlorp")  # a quarter of the model's width
+EVERY_LAYER = {"badam": "badam:period=5"}  # of 30 has its turn within 150 steps
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Job:
 JOBS = (
     Job(
         "tuning SmolLM2-135M",
-        {"adamw": 1e-4, "galore": 4e-4},
-        {"galore": "galore:rank=144", "apollo": "apollo:rank=144", "badam": "badam:period=5"},
+        {"adamw": 1e-4, "galore": 4e-4, "gradnormlorp": 4e-4},
+        {name: f"{name}:rank=144" for name in RANKED} | EVERY_LAYER,
     ),
     Job(
         "10M from scratch",
-        {"adamw": 2e-3, "galore": 8e-3},
-        {"galore": "galore:rank=96", "apollo": "apollo:rank=96", "badam": "badam:period=5"},
+        {"adamw": 2e-3, "galore": 8e-3, "gradnormlorp": 8e-3},
+        {name: f"{name}:rank=96" for name in RANKED} | EVERY_LAYER,
     ),
 )
 

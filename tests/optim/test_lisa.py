@@ -142,7 +142,7 @@ class Killed(Exception):
     """What ends a run without warning."""
 
 
-@pytest.mark.parametrize("optimizer", ["lisa:gamma=2,period=3", "badam:period=2"])
+@pytest.mark.parametrize("optimizer", ["lisa:gamma=2,period=3", "badam:period=2", "owlore:rank=8,gap=2,period=3"])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch, optimizer):
     """It dies within the sixth step, between two draws, after the fifth was saved."""
     monkeypatch.setattr(trainer, "plot", lambda *_: False)
@@ -258,6 +258,7 @@ CASES = [
     ("lisa:gamma=2", {}),
     ("lisa:gamma=2", {"activations": "full", "dtype": "fp32"}),
     ("lisa:gamma=2", {"adapter": "lora:rank=64"}),
+    ("owlore:gamma=2,rank=16,mode=uniform", {"micro_batch": 1}),
 ]
 
 
