@@ -24,6 +24,7 @@ from satchel.run.data import Dataset
 from satchel.run.device import resolve
 from satchel.run.export import export
 from satchel.run.folder import begun_with, check_out, require_same
+from satchel.run.gap import gap, said
 from satchel.run.governor import Governor
 from satchel.run.memory import install_pool
 from satchel.run.metrics import FILE, Metrics, read_metrics
@@ -125,7 +126,10 @@ def _receipt(
         "held_out_after": progress.held_out_after if progress.evaluated > 0 else None,
         "training_first": progress.first_loss,
         "training_last": progress.last_loss,
-    } | _by_source(read_metrics(Path(rung.job.out) / FILE))
+    }
+    sources = _by_source(read_metrics(Path(rung.job.out) / FILE))
+    losses |= {f"held_out_before/{name}": points[0][1] for name, points in sources.items()}
+    losses |= {f"held_out_after/{name}": points[-1][1] for name, points in sources.items()}
     return Receipt(
         job=rung.job.to_dict(),
         device=made.device,
@@ -135,16 +139,28 @@ def _receipt(
         tokens=progress.tokens,
         seconds=progress.seconds,
         outputs=outputs | {"checkpoint": str(result.checkpoint)},
-        notes=(*governor.acts, *(["stopped before the last step; go on with resume"] if result.stopped else [])),
+        notes=(
+            *governor.acts,
+            *_gaps(sources),
+            *(["stopped before the last step; go on with resume"] if result.stopped else []),
+        ),
     )
 
 
-def _by_source(lines: list[Metrics]) -> dict[str, float]:
-    """Each source's held-out loss before and after, where there are several."""
-    evaluations = [line for line in lines if "held_out_loss" in line]
-    names = [name for name in (evaluations[0] if evaluations else {}) if name.startswith("held_out_loss/")]
-    ends = {"before": evaluations[0], "after": evaluations[-1]} if names else {}
-    return {f"held_out_{when}/{n.partition('/')[2]}": line[n] for n in names for when, line in ends.items()}
+def _by_source(lines: list[Metrics]) -> dict[str, list[tuple[int, float]]]:
+    """Each source's evaluations as (step, held-out loss); nothing where the data have no named sources."""
+    prefix, found = "held_out_loss/", {}
+    for line in lines:
+        for name in line:
+            if name.startswith(prefix):
+                found.setdefault(name.removeprefix(prefix), []).append((int(line["step"]), line[name]))
+    return found
+
+
+def _gaps(sources: dict[str, list[tuple[int, float]]]) -> list[str]:
+    """A sentence for each source whose held-out loss rose while it was watched."""
+    gaps = {name: gap(points) for name, points in sources.items() if len(points) > 2}
+    return [said(name, found) for name, found in gaps.items() if found.depth > 0]
 
 
 def _lines(rung: Rung, result: TrainResult, governor: Governor, measured: dict[str, int]) -> Iterator[Line]:

