@@ -80,7 +80,7 @@ class Scheduler:
             if turn.tokens == self.limits.step_tokens or not self._enter(sequence, turn, order):
                 break
         for sequence, count in turn.work.items():
-            self.ledger.charge(sequence.tenant, count, sequence.said_count > 0)
+            self._charge(sequence, sequence.cached + count)
         return turn
 
     def extend(self, sequence: Sequence, tokens: int) -> int:
@@ -149,6 +149,12 @@ class Scheduler:
         fresh = self.blocks.needed(len(sequence.tokens) + 1) - len(found)
         idle = sum(block in self.blocks.idle for block in found)
         return len(self.running) < self.limits.batch and fresh <= self.blocks.free - idle
+
+    def _charge(self, sequence: Sequence, seen: int) -> None:
+        fresh = seen - max(sequence.charged, sequence.reused)
+        if fresh > 0:
+            self.ledger.charge(sequence.tenant, fresh, sequence.said_count > 0)
+            sequence.charged = seen
 
     def _ready(self, sequence: Sequence, tokens: int, turn: Turn) -> bool:
         """Blocks of its own for the tokens up to so many; False if there are not enough."""

@@ -27,6 +27,7 @@ class Sequence:
     cached: int = 0  # tokens whose keys and values lie in `table`
     table: list[int] = field(default_factory=list)  # blocks
     digests: list[Digest] = field(default_factory=list)  # of the full blocks of `tokens`, as far as they were needed
+    charged: int = 0  # tokens that the tenant has paid for; what is computed again costs nothing
     reused: int = 0  # tokens of the prompt that the pool had
     preempted: int = 0  # times
     logprob: float = 0.0  # of the answer so far

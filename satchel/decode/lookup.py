@@ -1,0 +1,92 @@
+"""Guess that what followed the last words before will follow them again; the model checks the guesses in one pass.
+
+    guess = tokens after the latest earlier place that ends like the answer does, in its last `ngram` tokens or fewer
+
+Saves steps where an answer repeats its prompt or itself: editing, summaries, code, extraction. Costs nothing but the
+checking, which is nearly free while a step is bound by reading the weights; so the guesses get longer as they hold and
+shorter as they fail, down to one. The answers are those of plain decoding, drawn ones included.
+Reference: https://github.com/apoorvumang/prompt-lookup-decoding
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from satchel.core.seams import Card, Decoding, Draft, Proposer, Speaker
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class _Memory:
+    """Where each run of tokens of one answer, prompt included, was last seen to end."""
+
+    length: int  # of the next guess
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0  # tokens that are entered
+
+    def learn(self, tokens: Sequence[int], ngram: int) -> None:
+        """Enter all runs but those that end with the newest token: these have no sequel yet."""
+        for end in range(max(self.known, 1), len(tokens)):
+            for size in range(1, min(ngram, end) + 1):
+                self.ends[tuple(tokens[end - size : end])] = end
+        self.known = max(self.known, len(tokens))
+
+    def guess(self, tokens: Sequence[int], ngram: int, least: int, count: int) -> Draft:
+        """What followed the longest run that the tokens end with and that was there before; a circle goes round."""
+        for size in range(min(ngram, len(tokens)), least - 1, -1):
+            if end := self.ends.get(tuple(tokens[-size:])):
+                circle = tokens[end:]
+                return [circle[i % len(circle)] for i in range(count)]
+        return ()
+
+
+class _Lookup(Proposer):
+    """The memories of the answers of one engine."""
+
+    def __init__(self, method: "Lookup") -> None:
+        self.method = method
+        self.memories: dict[tuple[int, int], _Memory] = {}
+
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
+        return [self._guess(speaker, most) for speaker, most in zip(speakers, room, strict=True)]
+
+    def learn(self, speaker: Speaker, guessed: int, right: int) -> None:
+        memory = self.memories[speaker.id, speaker.index]
+        memory.length = min(2 * guessed, self.method.tokens) if right == guessed else max(right, 1)
+
+    def forget(self, speaker: Speaker) -> None:
+        self.memories.pop((speaker.id, speaker.index), None)
+
+    def _guess(self, speaker: Speaker, most: int) -> Draft:
+        method, key = self.method, (speaker.id, speaker.index)
+        memory = self.memories.setdefault(key, _Memory(method.tokens))
+        memory.learn(speaker.tokens, method.ngram)
+        return memory.guess(speaker.tokens, method.ngram, method.least, min(memory.length, most))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup(Decoding):
+    """See the file's docstring."""
+
+    card = Card(
+        paper="https://github.com/apoorvumang/prompt-lookup-decoding",
+        saves=("traffic",),
+        spends=("compute",),
+        claim="2 to 4 times the tokens a second on summaries and code editing, without any loss",
+        dial=("tokens", 32, 1),
+    )
+
+    tokens: int = 8  # guessed at once, at most, [1, 63]
+    ngram: int = 3  # tokens that have to be seen again, at most, [1, 16]
+    least: int = 1  # of them, [1, 16]
+
+    def __post_init__(self) -> None:
+        self.require(1 <= self.tokens <= 63, f"tokens={self.tokens} is outside [1, 63]; 8 is usual")
+        self.require(1 <= self.ngram <= 16, f"ngram={self.ngram} is outside [1, 16]; 3 is usual")
+        self.require(1 <= self.least <= 16, f"least={self.least} is outside [1, 16]; 1 is usual")
+
+    def start(self, model: "nn.Module") -> Proposer:
+        """A proposer without any memory yet."""
+        return _Lookup(self)
