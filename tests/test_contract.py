@@ -1,6 +1,6 @@
 """What every method promises, tried on a tiny model; generated from the cards, so that a new method is held to it too.
 
-Every method runs in the job of its slot with all else plain: a model of two layers, three optimizer steps in float32.
+Every method runs in the job of its slot with all else plain: a model of three layers, three optimizer steps in float32.
 A rehearsal is held to a model that is large enough for its bytes to be tensors' rather than small change.
 """
 
@@ -35,7 +35,7 @@ CONFIG = ModelConfig.from_hf(
         "vocab_size": 96,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,

@@ -58,6 +58,25 @@ def attend_documents(
     return torch.cat([attend(q, k, v, scale=scale, window=window, cap=cap) for q, k, v in documents], dim=1)
 
 
+def shares(
+    q_SHE: Tensor, k_TKE: Tensor, query_S: Tensor, *, scale: float, window: int | None = None, cap: float | None = None
+) -> Tensor:
+    """The share of attention that some queries of one document, those at `query_S`, give to each of its T tokens.
+
+    The mean over the heads, [S, T] in the type of reductions; the scores of one key head are alive at once.
+    """
+    groups = q_SHE.shape[1] // k_TKE.shape[1]
+    key_T = torch.arange(len(k_TKE), device=k_TKE.device)
+    hidden_ST = (key_T > query_S[:, None]) | (key_T <= query_S[:, None] - (window or len(k_TKE)))
+    sum_ST = torch.zeros(hidden_ST.shape, dtype=wide(q_SHE.dtype), device=q_SHE.device)
+    for q_SGE, k_TE in zip(q_SHE.split(groups, dim=1), k_TKE.unbind(1), strict=True):
+        score_SGT = (q_SGE @ k_TE.T).to(sum_ST.dtype).mul_(scale)
+        if cap is not None:
+            score_SGT.div_(cap).tanh_().mul_(cap)
+        sum_ST += score_SGT.masked_fill_(hidden_ST[:, None], -torch.inf).softmax(-1).sum(1)
+    return sum_ST.div_(q_SHE.shape[1])
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     if q.device.type == "cpu":
         return _OnCPU.apply(q, k, v, lengths, scale)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
-from satchel.model.attend import attend, attend_documents
+from satchel.model.attend import attend, attend_documents, shares
 from satchel.model.cache import Past
 from satchel.model.config import ModelConfig
 from satchel.model.empty import At, Linear
@@ -52,11 +53,26 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, place: Place) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        q_BTHE = self._turned(self._heads(self.q_proj(x_BTD), self.q_norm), place)
-        k_BSKE = self._turned(self._heads(self.k_proj(x_BTD), self.k_norm), place)
+        q_BTHE, k_BSKE = self._queries(x_BTD, place), self._keys(x_BTD, place)
         v_BSKE = self._heads(self.v_proj(x_BTD), None)
         past = place if place.cache is None else place.cache.layers[self.index]
         return self.o_proj(past.attend(q_BTHE, k_BSKE, v_BSKE, **self.how).flatten(2))
+
+    def shares(self, x_1TD: Tensor, query_S: Tensor, place: Place) -> Tensor:
+        """The share of attention that the queries at `query_S` of one document give to each token, [S, T] in float32.
+
+        The mean over the heads; nothing is kept for a backward pass.
+        """
+        tables = {rope: (cos[query_S], sin[query_S]) for rope, (cos, sin) in place.tables.items()}
+        with torch.no_grad():
+            q_SHE = self._queries(x_1TD[:, query_S], Place(tables))[0]
+            return shares(q_SHE, self._keys(x_1TD, place)[0], query_S, **self.how)
+
+    def _queries(self, x_BTD: Tensor, place: Place) -> Tensor:
+        return self._turned(self._heads(self.q_proj(x_BTD), self.q_norm), place)
+
+    def _keys(self, x_BTD: Tensor, place: Place) -> Tensor:
+        return self._turned(self._heads(self.k_proj(x_BTD), self.k_norm), place)
 
     def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """[B, T, heads * E] to [B, T, heads, E], normalised over each head or over all at once."""

@@ -9,6 +9,7 @@ parallel     x + a(norm(x)) + m(norm'(x))   GPT-NeoX
 
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 
 from satchel.model.attention import Attention, Place
@@ -42,6 +43,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, index, **at)
         sparse = config.layer_kinds[index].sparse
         self.mlp = SparseFeedForward(config, **at) if sparse else FeedForward(config, config.hidden, **at)
+        self.width = config.width
         self.parallel = config.norm_place == "parallel"
         self.roles = ROLES[config.norm_place]
         for name in self.roles.values():
@@ -55,6 +57,11 @@ class Block(nn.Module):
         x_BTD = self._norm("after_attention", x_BTD + a_BTD)
         m_BTD = self._norm("out_of_mlp", self.mlp(self._norm("into_mlp", x_BTD)))
         return self._norm("after_mlp", x_BTD + m_BTD)
+
+    def shares(self, x_1TD: Tensor, query_S: Tensor, place: Place) -> Tensor:
+        """What share of attention some queries give to each token of a document, [S, T]; see `Attention.shares`."""
+        with torch.no_grad():
+            return self.self_attn.shares(self._norm("into_attention", x_1TD), query_S, place)
 
     def _norm(self, role: str, x_BTD: Tensor) -> Tensor:
         name = self.roles.get(role)

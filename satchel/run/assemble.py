@@ -35,6 +35,11 @@ class Assembly:
     adapter: Adapter | None = None
     rng: torch.Generator | None = None  # the objective's randomness
 
+    @property
+    def lasting(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model that the job changes, by name: what trains, and what its policies have learned."""
+        return dict(self.parameters) | self.model.policy_state()
+
 
 def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None) -> Assembly:
     """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.

@@ -255,7 +255,7 @@ class Trainer:
         moments: dict[str, Tensor] = {}
         optimizer = pull_tensors(self.assembly.optimizer.state_dict(), moments)
         state = {"progress": asdict(self.progress), "optimizer": optimizer}
-        return state, {"parameters": dict(self.assembly.parameters), "optimizer": moments}
+        return state, {"parameters": self.assembly.lasting, "optimizer": moments}
 
     def _restore(self) -> Path | None:
         """Go on from the newest checkpoint, whose folder it returns; None if there is none."""
@@ -263,7 +263,7 @@ class Trainer:
         if saved is None:
             self.report.note("no checkpoint had been saved: starting from step 0")
             return None
-        saved.read_into("parameters", dict(self.assembly.parameters))
+        saved.read_into("parameters", self.assembly.lasting)
         moments = saved.read("optimizer", self.device)
         self.assembly.optimizer.load_state_dict(push_tensors(saved.state["optimizer"], moments))
         now, self.progress = self.progress, Progress(**saved.state["progress"])
