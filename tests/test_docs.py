@@ -75,6 +75,13 @@ def test_the_python_of_the_readme_runs():
 
 
 @pytest.mark.slow
+def test_the_python_of_the_optimizers_page_runs():
+    code = "".join(blocks(TEXT[ROOT / "docs" / "OPTIMIZERS.md"], "python"))
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.slow
 def test_the_quickstart_runs_as_it_stands(tmp_path):
     page = TEXT[ROOT / "docs" / "quickstart.md"]
     (tmp_path / "job.toml").write_text(blocks(page, "toml")[0])
