@@ -50,6 +50,7 @@ LARGER |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_head
 LARGER |= {"rms_norm_eps": 1e-5}
 ENTRIES = book.entries()
 COMPUTED = (
+    "surgery",
     "adapter",
     "optimizer",
     "format",

@@ -20,7 +20,7 @@ from satchel.core.knobs import Knob, accept_all, read_knobs
 from satchel.core.units import parse_bytes
 
 # Each is named after its slot.
-METHOD_FIELDS = ("adapter", "optimizer", "schedule", "activations", "format", "objective", "checkpoint")
+METHOD_FIELDS = ("adapter", "optimizer", "schedule", "activations", "format", "objective", "checkpoint", "surgery")
 LR_ADAPTER, LR_FULL, LR_SCRATCH = 1e-3, 1e-4, 1e-3  # peak learning rates of a job that names none
 
 Bound = tuple[str, bool, str]  # field, whether its value is allowed, what would be
@@ -47,6 +47,7 @@ class Job:
     schedule: str = "cosine"  # of the learning rate
     activations: str = "none"  # what is recomputed instead of kept: none, selective, full
     format: str = "none"  # storage of the frozen weights under an adapter, such as int8, nf4, int4:group=64
+    surgery: str = "none"  # what is done to the weights before they train, such as spdf:sparsity=0.75
     objective: str = "causal_lm"  # what the run minimises
     checkpoint: str = "blocking"  # how a checkpoint reaches the disk; datastates: while the next step computes
     lr: float = 0.0  # peak learning rate; 0: 1e-3 with an adapter, 1e-4 without
@@ -113,6 +114,12 @@ class Job:
             yield name, 0 <= getattr(self, name) < math.inf, "it is 0 or above"
         packed = self.format != "none" and self.adapter == "none"
         yield "format", not packed, "packed weights cannot be tuned; add an adapter"
+        cut = self.surgery != "none" and self.adapter != "none"
+        yield (
+            "surgery",
+            not cut,
+            "it changes the weights that train, and under an adapter none do; leave one of them out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

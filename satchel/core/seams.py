@@ -42,6 +42,7 @@ __all__ = [
     "Saver",
     "Schedule",
     "Speaker",
+    "Surgery",
     "Ticket",
     "WeightFormat",
     "Write",
@@ -221,6 +222,20 @@ class Activations(Method):
         One that is an `nn.Module` keeps its tensors from step to step: a checkpoint holds them.
         """
         raise NotImplementedError
+
+
+class Surgery(Method):
+    """What is done to a model before it trains: weights in, weights out."""
+
+    slot = "surgery"
+
+    @abstractmethod
+    def operate(self, model: nn.Module, rng: torch.Generator) -> None:
+        """Change the model in place. Reads no tensor's values on the host: it must run on fake tensors too.
+
+        A map that it puts in the place of another has `in_features`, `out_features`, `dtype` and `dense()`, so that
+        what is written afterwards is a plain model.
+        """
 
 
 class Objective(Method):

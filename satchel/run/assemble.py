@@ -42,7 +42,7 @@ class Assembly:
 
 
 def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None) -> Assembly:
-    """Freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
+    """Operate on, freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
 
     `trained` are the only layers that train; a rehearsal knows them where they train in turns.
 
@@ -52,6 +52,8 @@ def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None)
     if job.context > longest:
         raise UserError(f"context={job.context} is longer than the model was made for; set context={longest} or less")
     rng = torch.Generator().manual_seed(job.seed)
+    if surgery := make("surgery", job.surgery):
+        surgery.operate(decoder, rng)
     adapter = make("adapter", job.adapter)
     if adapter is not None:
         attach(decoder, adapter, rng)

@@ -28,6 +28,7 @@ from satchel.model.batch import Batch
 from satchel.model.block import Block
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.linear import linears
 from satchel.model.load import fill
 from satchel.model.merge import merge
 from satchel.model.save import outgoing
@@ -159,6 +160,9 @@ def _stage(
     decoder = staged(config, layers, DTYPES[job.dtype], device, make("format", job.format), tracker)
     tracker.mark("load", "assemble")
     assembly = assemble(job, decoder, [place for place, layer in enumerate(layers) if layer in trained])
+    for path, module in linears(decoder).items():  # those that surgery has made; all others are known
+        if assembly.adapter is None:
+            _label(((f"{path}.{name}", t) for name, t in module.state_dict(keep_vars=True).items()), "weights", tracker)
     _label(decoder.named_parameters(), "adapter", tracker)
     tracker.label(assembly.saver.buffers(), "workspace")
     decoder.wrap_blocks(_Marking(make("activations", job.activations), tracker, layers))
