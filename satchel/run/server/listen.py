@@ -18,7 +18,9 @@ from satchel.run.server.gate import App
 from satchel.run.server.house import House
 
 log = logging.getLogger("satchel.server")
+GRACE_S = 5  # for what is on its way to clients when the engine has ended
 POLL_S = 0.05
+BACKLOG = 2048  # connections that wait to be taken
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -41,7 +43,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App, house: House) -> None:
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, ws="none"
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
         )
         super().__init__(config)
         self.house = house
@@ -49,7 +57,28 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Go in good order; asked once more, go at once. From any thread."""
         self._loop.call_soon_threadsafe(self._leave)
+
+    async def listen(self, at: socket.socket, on_ready: Callable[[str], None]) -> None:
+        """Serves until it is asked to leave, or until the engine dies; `on_ready` hears the address."""
+        at.listen(BACKLOG)
+        host, port = at.getsockname()[:2]
+        serving = asyncio.create_task(self.serve(sockets=[at]))
+        while not self.started and not serving.done():
+            await asyncio.sleep(POLL_S)
+        if self.started:
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        watching = asyncio.create_task(self._watch())
+        try:
+            await serving
+        finally:
+            watching.cancel()
+            if self.house.worker.alive:
+                await self.house.worker.stop()
 
     def _leave(self) -> None:
         if self.house.draining:
@@ -71,29 +100,9 @@ class Server(uvicorn.Server):
         await worker.stop()
         self.should_exit = True
 
-
-async def serve_app(house: House, app: App, at: socket.socket, on_ready: Callable[[str], None]) -> None:
-    """Serves until a signal, or until the engine dies; `on_ready` hears the address."""
-    server = Server(app, house)
-    at.listen(2048)
-    host, port = at.getsockname()[:2]
-    serving = asyncio.create_task(server.serve(sockets=[at]))
-    while not server.started and not serving.done():
-        await asyncio.sleep(POLL_S)
-    if server.started:
-        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    watching = asyncio.create_task(_watch(house, server))
-    try:
-        await serving
-    finally:
-        watching.cancel()
-        if house.worker.alive:
-            await house.worker.stop()
-
-
-async def _watch(house: House, server: Server) -> None:
-    """A server without an engine is better gone, so that its keeper starts another."""
-    while house.worker.alive:
-        await asyncio.sleep(1.0)
-    if not house.draining:
-        server.should_exit = True
+    async def _watch(self) -> None:
+        """A server without an engine is better gone, so that its keeper starts another."""
+        while self.house.worker.alive:
+            await asyncio.sleep(1.0)
+        if not self.house.draining:
+            self.should_exit = True

@@ -1,6 +1,9 @@
 """A server of a toy model with a real tokenizer, a request through its ASGI application, and a uvicorn of it."""
 
+import asyncio
 import contextlib
+import socket
+import threading
 
 import httpx
 import torch
@@ -12,6 +15,7 @@ from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from satchel.run.server.app import build
 from satchel.run.server.house import House, Terms
+from satchel.run.server.listen import Server, bind
 from satchel.run.server.metrics import Metrics
 from satchel.run.server.worker import Worker
 from tests.run.toys import toy_decoder
@@ -53,3 +57,48 @@ async def client_of(house, keys=None):
     with contextlib.suppress(Exception):
         await house.worker.ask(house.worker.engine.check_integrity)
     await house.worker.stop()
+
+
+class Running:
+    """A toy server on a free port, in a thread of its own: `with Running() as server: server.url`."""
+
+    def __init__(self, keys=None, send_buffer=0, **house):
+        self.send_buffer = send_buffer
+        self.keys, self.house_settings = keys, house
+        self.ready, self.url, self.server, self.house = threading.Event(), "", None, None
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self):
+        self.house = toy_house(**self.house_settings)
+        self.server = Server(build(self.house, self.keys), self.house)
+        with bind("127.0.0.1", 0) as at:
+            if self.send_buffer:
+                at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)
+            await self.server.listen(at, self._note)
+
+    def _note(self, url):
+        self.url = url
+        self.ready.set()
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.ready.wait(30)
+        return self
+
+    def __exit__(self, *_):
+        self.server.leave()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        self.house.worker.engine.check_integrity()
+        assert self.house.worker.engine.idle and self.house.worker.idle
+
+
+async def _alone():
+    """A server in this process, ended by a signal; prints its address."""
+    house = toy_house()
+    with bind("127.0.0.1", 0) as at:
+        await Server(build(house), house).listen(at, lambda url: print(url, flush=True))
+
+
+if __name__ == "__main__":
+    asyncio.run(_alone())
