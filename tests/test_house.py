@@ -29,6 +29,10 @@ JOB_FLAGS = """
 """
 TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
 PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture "
+SERVE_FLAGS = """
+    --config --model --device --memory --dtype --format --context --batch --step-tokens --admission --decoding --seed
+    --host --port --api-keys --queue --timeout --drain --max-body
+"""
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script
     "bench": "",
     "chat": "--adapter --prompt --system --raw --max-tokens --temperature --top-p --seed --dtype --device",
@@ -38,6 +42,7 @@ FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks som
     "plan pretrain": PRETRAIN_FLAGS + "--explain --json",
     "plan tune": TUNE_FLAGS + "--explain --json",
     "pretrain": PRETRAIN_FLAGS,
+    "serve": SERVE_FLAGS,
     "show": "",
     "tune": TUNE_FLAGS,
 }

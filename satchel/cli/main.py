@@ -15,6 +15,7 @@ from satchel.cli.list import list_methods
 from satchel.cli.merge import merge
 from satchel.cli.plan import plan_pretrain, plan_tune
 from satchel.cli.pretrain import pretrain
+from satchel.cli.serve import serve
 from satchel.cli.show import show
 from satchel.cli.tune import tune
 from satchel.core.errors import SatchelError
@@ -40,6 +41,7 @@ plans.command("tune")(plan_tune)
 plans.command("pretrain")(plan_pretrain)
 app.command("tune")(tune)
 app.command("pretrain")(pretrain)
+app.command("serve")(serve)
 app.command("chat")(chat)
 app.command("merge")(merge)
 app.command("bench")(bench)

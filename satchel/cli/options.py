@@ -1,18 +1,38 @@
 """Command-line options made from the fields of the job, so that no knob is written down twice."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import typer
 from rich.markup import escape
 
-from satchel.core.job import Job, job_knobs
 from satchel.core.knobs import REQUIRED, Knob
 
 KINDS = {"int": int, "float": float, "bool": bool, "str": str, "tuple[str, ...]": list[str]}  # the last: given often
 CONFIG_HELP = "TOML file with any of these options as keys; options given here win."
+
+
+class Job(Protocol):
+    """What every kind of job can do."""
+
+    slots: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def knobs(cls) -> tuple[Knob, ...]:
+        """The fields with the comments behind them."""
+        ...
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A job from plain values."""
+        ...
+
+    @classmethod
+    def from_toml(cls, path: Path, **overrides: Any) -> Self:
+        """A job from a file; `overrides` win."""
+        ...
 
 
 def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
@@ -27,7 +47,7 @@ def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
         mine = {parameter.name: given.pop(parameter.name) for parameter in own}
         verb(_job(kind, given.pop("config"), given), **mine)
 
-    parameters = [_config(), *(_option(knob, kind.slots) for knob in job_knobs(kind)), *own]
+    parameters = [_config(), *(_option(knob, kind.slots) for knob in kind.knobs()), *own]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = verb.__doc__

@@ -80,9 +80,14 @@ class Job:
         return self.lr or (LR_FULL if self.adapter == "none" else LR_ADAPTER)
 
     @classmethod
+    def knobs(cls) -> tuple[Knob, ...]:
+        """The fields with the comments behind them."""
+        return job_knobs(cls)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "job") -> Self:
         """A job from plain values. Raises UnknownName for a key, UserError for a type, a range or a missing key."""
-        return cls(**accept_all(job_knobs(cls), values, where))
+        return cls(**accept_all(cls.knobs(), values, where))
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> Self:

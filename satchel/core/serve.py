@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from satchel.core import book
 from satchel.core.errors import UserError
@@ -23,6 +23,8 @@ METHOD_FIELDS = ("format", "admission", "decoding")  # each named after its slot
 @dataclass(frozen=True, kw_only=True)
 class ServeJob:
     """Everything that an engine depends on. Always valid: a bad value raises UserError when the job is made."""
+
+    slots: ClassVar[tuple[str, ...]] = METHOD_FIELDS  # fields that hold a method
 
     model: str  # 'demo', a Hugging Face folder, a .gguf file, or a hub id
     device: str = "auto"  # auto, cpu or cuda
@@ -50,13 +52,18 @@ class ServeJob:
                 raise UserError(f"job: {name}={getattr(self, name)!r} is not allowed; {cure}")
         if self.memory != "auto":
             parse_bytes(self.memory)
-        for slot in METHOD_FIELDS:
+        for slot in self.slots:
             book.check(slot, getattr(self, slot))
+
+    @classmethod
+    def knobs(cls) -> tuple[Knob, ...]:
+        """The fields with the comments behind them."""
+        return serve_knobs()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "job") -> ServeJob:
         """A job from plain values. Raises UnknownName for a key, UserError for a type, a range or a missing key."""
-        return cls(**accept_all(serve_knobs(), values, where))
+        return cls(**accept_all(cls.knobs(), values, where))
 
     @classmethod
     def from_toml(cls, path: str | Path, **overrides: Any) -> ServeJob:

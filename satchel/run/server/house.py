@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class House:
     limits: Limits
     metrics: Metrics
     terms: Terms = field(default_factory=Terms)
-    weight_bytes: int = 0
+    fixed: Mapping[str, int] = field(default_factory=dict)  # bytes beside the pool, by account
     budget_bytes: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
@@ -86,16 +86,11 @@ class House:
         return self.worker.alive and (self.worker.idle or time.monotonic() - self.worker.stepped_s < STALL_S)
 
     def accounts(self) -> dict[str, int]:
-        """Bytes of the process now, by what they are for; `free` is what the budget has left."""
-        stats = self.worker.stats
-        pool, held = stats["blocks"] * stats["block_bytes"], stats["blocks_held"] * stats["block_bytes"]
-        idle = stats["blocks_idle"] * stats["block_bytes"]
-        resident = resident_bytes()
-        found = {"weights": self.weight_bytes, "keys and values, held": held, "keys and values, reusable": idle}
-        found["keys and values, free"] = pool - held - idle
-        found["process"] = max(resident - self.weight_bytes - pool, 0)
-        if self.budget_bytes is not None:
-            found["free"] = max(self.budget_bytes - max(resident, self.weight_bytes + pool), 0)
+        """Bytes that the budget holds now, by what they are for."""
+        stats, each = self.worker.stats, self.worker.stats["block_bytes"]
+        held, idle = stats["blocks_held"], stats["blocks_idle"]
+        found = {**self.fixed, "kv held": held * each, "kv reusable": idle * each}
+        found["kv free"] = (stats["blocks"] - held - idle) * each
         return found
 
     def snapshot(self) -> dict[str, Any]:
@@ -106,6 +101,7 @@ class House:
             "context": self.limits.context,
             "budget_bytes": self.budget_bytes,
             "memory": self.accounts(),
+            "resident_bytes": resident_bytes(),
             "open": self.worker.open,
             "draining": self.draining,
             "time_s": time.monotonic(),

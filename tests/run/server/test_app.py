@@ -264,5 +264,5 @@ def test_figures_have_the_names_that_dashboards_know():
         'vllm:kv_cache_usage_perc{model_name="toy"} 0.0',
     ):
         assert line in text
-    assert stats["answered"] == 6 and stats["memory"]["keys and values, free"] > 0
+    assert stats["answered"] == 6 and stats["memory"]["kv free"] > 0
     assert health == ready == 200

@@ -87,12 +87,8 @@ def test_an_id_is_kept_or_given(server):
 @pytest.mark.parametrize("body", [LONG, LONG | {"stream": False}, LONG | {"prompt": ["a", "b"], "n": 2}])
 def test_a_client_that_goes_away_frees_the_engine(server, body):
     said = server.house.worker.stats["answered"]
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
-        sent = json.dumps(body).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
-        )
-        raw.sendall(head.encode() + b"\r\n\r\n" + sent)
+    with connected(server) as raw:
+        raw.sendall(posted(body))
         until(lambda: server.house.worker.stats["answered"] > said)
     until(lambda: server.house.worker.idle)
     assert server.house.worker.stats["blocks_held"] == 0
@@ -100,20 +96,14 @@ def test_a_client_that_goes_away_frees_the_engine(server, body):
 
 
 def test_a_client_that_does_not_read_is_left_after_a_while():
-    terms = Terms(read_s=0.3)
-    with Running(terms=terms, context=256, blocks=64) as running:
-        port = int(running.url.rpartition(":")[2])
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect(("127.0.0.1", port))
-        body = json.dumps(LONG | {"n": 8, "logprobs": 20, "max_tokens": 250, "prompt": "h"}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        raw.sendall(head.encode() + b"\r\n\r\n" + body)
+    with (
+        Running(terms=Terms(read_s=0.3), send_buffer=4096) as running,
+        connected(running, receive_buffer=4096) as raw,
+    ):
+        raw.sendall(posted(LONG | {"n": 8, "logprobs": 20, "max_tokens": 250, "prompt": "h"}))
         until(lambda: running.house.worker.open == 1)
         until(lambda: running.house.worker.idle)
-        raw.close()
+        assert running.house.worker.stats["answered"] < 8 * 250
 
 
 def test_a_body_that_does_not_arrive_is_given_up():
