@@ -17,6 +17,8 @@ from satchel.model.stored import pieces
 
 # U bytes, in uint8
 
+PIECE = 1 << 20  # bytes: what is hashed is still in a core's cache when it is written
+
 
 class Stopped(Exception):
     """The thread at the other end has given up."""
@@ -27,7 +29,7 @@ class Ring:
 
     def __init__(self, buffer_U: Tensor) -> None:
         self.buffer_U = buffer_U
-        self._most = max(1, buffer_U.numel() // 4)  # bytes put at once, so that both ends work at the same time
+        self._most = max(1, min(PIECE, buffer_U.numel() // 4))  # bytes at once, so that both ends work at the same time
         self._put = self._taken = 0  # bytes since the beginning
         self._stopped = False
         self._moved = threading.Condition()
@@ -50,7 +52,7 @@ class Ring:
         """The next bytes of the stream, in pieces; each is valid until the next is asked for. Raises Stopped."""
         while nbytes:
             at, count = self._wait_for(self._ready)
-            count = min(count, nbytes)
+            count = min(count, self._most, nbytes)
             yield self.buffer_U[at : at + count].numpy().data
             nbytes -= count
             with self._moved:

@@ -33,6 +33,7 @@ def test_a_slow_disk_takes_its_time_for_the_bytes_that_it_is_given(tmp_path):
     assert disk.free_at == free_at
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_peer_saves_what_we_do_and_keeps_as_many(tmp_path):
     saver, tensors = Dcp(tmp_path), {"a": torch.randn(5, 3)}
     for _ in range(KEPT + 2):

@@ -44,3 +44,21 @@ def test_the_limit_holds() -> None:
             torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     finally:
         governor.end()
+
+
+@pytest.mark.parametrize("ring_mib", [1, 64])
+def test_what_is_copied_from_it_while_a_step_computes_is_what_was_saved(ring_mib: int) -> None:
+    job = TuneJob(model="toy", data="toy", context=256, batch=4, checkpoint=f"datastates:ring_mib={ring_mib}")
+    assembly, batch = real(job.replace(adapter="none"), CONFIG, "cuda", (256,) * 4)
+    train_step(assembly, [batch], 1e-3)
+    tensors = {name: parameter.detach() for name, parameter in assembly.parameters}
+    before, found = {name: tensor.cpu() for name, tensor in tensors.items()}, {}
+
+    def write(streams) -> None:
+        found.update({name: b"".join(map(bytes, stream)) for name, stream in streams.items()})
+
+    assembly.saver.save({"all": tensors}, write)
+    train_step(assembly, [batch], 1e-3)
+    assembly.saver.finish()
+    assert found["all"] == b"".join(bytes(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in before.values())
+    assert not all(torch.equal(tensor.cpu(), before[name]) for name, tensor in tensors.items())

@@ -1,5 +1,7 @@
 """Saving while the next step computes: nothing changes before it is copied, no disk is waited for, errors are told."""
 
+import os
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -176,3 +178,18 @@ def test_the_ring_is_there_from_the_start_and_gone_at_the_end():
     assert [tensor.nbytes for tensor in saver.buffers()] == [2 << 20]
     saver.finish()
     assert not saver.buffers()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux")
+def test_its_threads_stand_back_and_the_step_does_not():
+    priorities, before = [], os.getpriority(os.PRIO_PROCESS, 0)
+
+    def write(streams):
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        list(streams["x"])
+
+    saver = DataStates(nice=7).start(CPU)
+    for _ in range(2):
+        saver.save({"x": named()}, write)
+    saver.finish()
+    assert priorities == [min(before + 7, 19)] * 2 and os.getpriority(os.PRIO_PROCESS, 0) == before
