@@ -28,7 +28,7 @@ JOB_FLAGS = """
     --epochs --clip --seed --eval-every --save-every --resume --no-resume --merge --no-merge
 """
 TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
-PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture "
+PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture --selector "
 SERVE_FLAGS = """
     --config --model --device --memory --dtype --format --context --batch --step-tokens --admission --decoding --seed
     --host --port --api-keys --queue --timeout --drain --max-body

@@ -19,7 +19,7 @@ from satchel.core.knobs import Knob, parse_knobs, read_knobs
 
 PACKAGE = Path(__file__).parent.parent
 HOUSE = ("core", "model", "run", "cli", "native", "studies")  # folders that hold no methods
-OPTIONAL = ("adapter", "format", "activations", "surgery")  # slots that may stay empty, spelled `none`
+OPTIONAL = ("adapter", "format", "activations", "surgery", "selector")  # slots that may stay empty, spelled `none`
 SLOTS = {seam.__name__: seam.slot for seam in seams.Method.__subclasses__()}
 
 
@@ -96,6 +96,8 @@ def make(slot: Literal["admission"], spelling: str) -> seams.Admission: ...
 def make(slot: Literal["decoding"], spelling: str) -> seams.Decoding: ...
 @overload
 def make(slot: Literal["activations"], spelling: str) -> seams.Activations | None: ...
+@overload
+def make(slot: Literal["selector"], spelling: str) -> seams.Selector | None: ...
 @overload
 def make(slot: Literal["surgery"], spelling: str) -> seams.Surgery | None: ...
 @overload

@@ -145,7 +145,7 @@ class PretrainJob(Job):
     """Everything that a pre-training run depends on, from random weights or from a model: plain text, in a mixture."""
 
     verb: ClassVar[str] = "pretrain"
-    slots: ClassVar[tuple[str, ...]] = (*METHOD_FIELDS, "mixture")
+    slots: ClassVar[tuple[str, ...]] = (*METHOD_FIELDS, "mixture", "selector")
 
     data: tuple[str, ...]  # sources of text, each with its weight in the mixture: wiki.jsonl:0.7; without: by size
     out: str = "runs/pretrain"  # folder that receives the model, metrics and receipt; tokens are kept beside it
@@ -158,6 +158,7 @@ class PretrainJob(Job):
     scratch: bool = False  # begin with random weights; of the model only config.json is read
     tokenizer: str = ""  # a model whose tokenizer to use; empty: the model's own
     mixture: str = "fixed"  # how the sources' shares move over the run
+    selector: str = "none"  # which documents of the sources are trained on, such as ngram:keep=0.25
 
     @property
     def peak_lr(self) -> float:

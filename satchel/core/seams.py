@@ -20,6 +20,7 @@ from satchel.core.card import Card
 from satchel.core.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "Closure",
     "Decoding",
+    "Documents",
     "Domain",
     "Draft",
     "Method",
@@ -41,6 +43,7 @@ __all__ = [
     "Run",
     "Saver",
     "Schedule",
+    "Selector",
     "Speaker",
     "Surgery",
     "Ticket",
@@ -202,6 +205,24 @@ class Mixture(Method):
     def epoch_steps(self, domains: Sequence[Domain]) -> float:
         """Optimizer steps of one epoch: a pass over as many tokens as those domains hold that are drawn from."""
         return sum(domain.pass_steps for domain in domains if domain.share > 0)
+
+
+class Documents(Protocol):
+    """The documents of one source that may be trained on, as token ids [T]; read one at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> np.ndarray: ...
+
+
+class Selector(Method):
+    """Which documents are trained on."""
+
+    slot = "selector"
+
+    @abstractmethod
+    def choose(self, sources: Sequence[Documents], seed: int) -> list[np.ndarray]:
+        """For each source which of its documents stay, [M] bool. Held-out documents are not among them."""
 
 
 class Activations(Method):

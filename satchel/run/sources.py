@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def read_sources(job: PretrainJob, tokenizer: BatchTokenizer, report: Report = S
     sources = dict(zip(names, shards[: len(paths)], strict=False))
     watched = dict(zip(names[len(paths) :], shards[len(paths) :], strict=True))
     splits = {name: split(each, job.eval_share, job.seed) for name, each in sources.items()}
-    train = {name: fill(sources[name], kept, job.context) for name, (kept, _) in splits.items()}
+    chosen = _chosen(job, [Part(each, splits[name][0]) for name, each in sources.items()])
+    train = {name: fill(sources[name], kept, job.context) for name, kept in zip(sources, chosen, strict=True)}
     held = {name: _held_out(job, sources[name], held) for name, (_, held) in splits.items() if len(held)}
     held |= {name: _held_out(job, each, np.arange(len(each))) for name, each in watched.items()}
     mixed = Mixed(train, _weights(job, train), make("mixture", job.mixture))
@@ -47,6 +49,28 @@ def names_of(paths: Sequence[str]) -> list[str]:
     short = [Path(p).stem if Path(p).suffix.lower() in SUFFIXES else Path(p).name for p in paths]
     count = Counter(short)
     return [name if name and count[name] == 1 else path for name, path in zip(short, paths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some documents of a source, by number."""
+
+    source: Shard
+    documents: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        document = self.documents[number]
+        return self.source.tokens_N[int(self.source.starts_M1[document]) : int(self.source.starts_M1[document + 1])]
+
+
+def _chosen(job: PretrainJob, parts: list[Part]) -> list[np.ndarray]:
+    """The documents of each source that are trained on."""
+    selector = make("selector", job.selector)
+    masks = selector.choose(parts, job.seed) if selector else [np.ones(len(part), dtype=bool) for part in parts]
+    return [part.documents[mask] for part, mask in zip(parts, masks, strict=True)]
 
 
 def _held_out(job: PretrainJob, source: Shard, documents: np.ndarray) -> Rows:
