@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -74,6 +75,7 @@ def print_plan(plan: Plan, explain: bool = False) -> None:
         rung = plan.chosen or plan.rungs[-1]
         out.print(Text(f"\nThe phases of rung {plan.rungs.index(rung) + 1}, tensors alone\n"))
         _print_phases(rung)
+        _print_addresses(rung)
 
 
 def _print_ladder(plan: Plan) -> None:
@@ -128,6 +130,21 @@ def _print_phases(rung: Rung) -> None:
     for phase in phases:
         reasons.add_row(phase.name, Text(_why(phase)))
     out.print("", reasons, sep="\n")
+
+
+def _print_addresses(rung: Rung) -> None:
+    """What lies in a second tier, and what fixed addresses would need, if SciPy is there to find them."""
+    from satchel.run.layout import two_levels
+
+    if rung.rehearsal.second_tier_bytes:
+        out.print(f"\nIn the second tier: {format_bytes(rung.rehearsal.second_tier_bytes)} of activations.")
+    if rung.rehearsal.step and find_spec("scipy"):
+        layouts = two_levels(rung.rehearsal.step)
+        for what, plan in zip(("passes within a layer", "a step of few layers makes"), layouts, strict=True):
+            out.print(
+                f"\nFixed addresses for what {what}: {format_bytes(plan.peak_bytes)}; "
+                f"best fit {format_bytes(plan.best_fit_bytes)}, alive at once {format_bytes(plan.least_bytes)}."
+            )
 
 
 def _why(phase: Phase) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from satchel.core.book import make
+from satchel.core.disk import require_room
 from satchel.core.errors import UserError
 from satchel.core.job import Job
 from satchel.core.report import Report
@@ -62,6 +63,8 @@ def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> 
     made = plan(job, begun.config, _extent(job, begun.dataset), look_for_smallest=False)
     report.plan(made)
     rung = made.require()
+    if kind == "cpu":  # whose second tier is a file beside the output
+        require_room(Path(job.out), rung.rehearsal.second_tier_bytes)
     governor = Governor(kind, made.budget_bytes, pool)
     governor.begin()
     try:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from satchel.model.batch import IGNORE, Batch
+from satchel.run.balance import deal
 
 if TYPE_CHECKING:
     from satchel.run.data import Corpus
@@ -83,9 +84,12 @@ class Stream(ABC):
         """Rows of one epoch, in steps of `batch`."""
         return len(self)
 
-    def batches(self, rows: Places, micro_batch: int) -> list[Batch]:
-        """The given rows as batches of at most `micro_batch` rows each."""
-        return [self.batch(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
+    def batches(self, rows: Places, micro_batch: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """What rank `rank` of `ranks` runs of the given rows: batches of at most `micro_batch` rows, of even length."""
+        tokens_R = np.array([sum(piece.length for piece in self.pieces(int(row))) for row in rows], dtype=np.int64)
+        mine = deal(tokens_R, ranks)[rank]
+        parts = deal(tokens_R[mine], -(-len(mine) // micro_batch)) if len(mine) else []
+        return [self.batch(np.asarray(rows)[mine[part]]) for part in parts]
 
     def batch(self, rows: Places) -> Batch:
         """The given rows, laid end to end."""

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Rehearsal:
     tokens: int  # of one optimizer step
     phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and its check, save
     micro_batches: int = 1  # of one optimizer step
+    step: tuple[Segment, ...] = field(default=(), repr=False, compare=False)  # one, of the layers that were run
 
     @property
     def second_tier_bytes(self) -> int:
@@ -112,7 +113,7 @@ def _rehearse(
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
     work.update(_scaled(update, len(trained & set(layers)), len(trained)))
     phases = _phase_work(tracker.segments, stands)
-    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases, micro_batches)
+    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases, micro_batches, tuple(step))
 
 
 @dataclass(frozen=True)

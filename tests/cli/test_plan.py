@@ -25,7 +25,7 @@ def rung(changes, peak, **facts):
         "accounts": accounts,
         "seconds": {},
     }
-    rehearsal = SimpleNamespace(phases=phases)
+    rehearsal = SimpleNamespace(phases=phases, second_tier_bytes=3 << 30, step=())
     sizes = {"peak_bytes": parse_bytes(peak)}
     return SimpleNamespace(changes=changes, rehearsal=rehearsal, **sizes, **(defaults | facts))
 
@@ -83,3 +83,4 @@ def test_a_long_ladder_is_cut_to_the_width_of_the_terminal(monkeypatch, width):
 def test_explaining_shows_the_peak_of_each_phase_and_why(monkeypatch):
     said = shown(monkeypatch, [rung((), "800MiB", fits=True)], explain=True)
     assert "The phases of rung 1" in said and "75% activations" in said and "100% weights" in said
+    assert "In the second tier: 3.00 GiB of activations." in said
