@@ -57,16 +57,21 @@ def load_peft(
     Raises ModelError, before the model is touched, if the folder is incomplete, asks for what is not supported, or
     was made for another model.
     """
-    config = read_config(Path(folder))
-    theirs = _read(config, Path(folder) / WEIGHTS)
-    _require_complete(config, theirs, [path for path in their_paths(model) if config.targets(path)])
-    ours = split(model, theirs)
+    ours = read_peft(model, folder)
     install(model, {path: low.method for path, low in ours.items()}, torch.Generator(), dtype=dtype, name=name)
     with torch.no_grad():
         for path, low in ours.items():
             for parameter, tensor in _tensors(model.get_submodule(f"{path}.adapters.{name}"), low):
                 parameter.copy_(tensor)
     return list(ours)
+
+
+def read_peft(model: nn.Module, folder: str | Path) -> dict[str, Low]:
+    """The adapter in a folder, for each of the model's maps that it changes. Raises ModelError as `load_peft` does."""
+    config = read_config(Path(folder))
+    theirs = _read(config, Path(folder) / WEIGHTS)
+    _require_complete(config, theirs, [path for path in their_paths(model) if config.targets(path)])
+    return split(model, theirs)
 
 
 def _low(path: str, method: Adapter, module: nn.Module) -> Low:

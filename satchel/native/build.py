@@ -38,7 +38,8 @@ def build(name: str, flags: tuple[str, ...] = WITH_TORCH, cache: Path = CACHE) -
     if cxx is None:
         return None
     command = [cxx, "-std=c++20", "-shared", "-fPIC", str(source), *flags]
-    made_of = (*command, source.read_text(), torch.__version__, processor())
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    made_of = (*command, source.read_text(), *headers, torch.__version__, processor())
     target = cache / f"{name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         try:

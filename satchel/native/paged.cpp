@@ -5,28 +5,18 @@
 // query's result is computed in the same order whatever else is in the batch, however its past arrived, and on any
 // number of threads: keys in spans of 128 from the first on, with a running maximum.
 
-#include <algorithm>
-#include <atomic>
-#include <bit>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "vectors.h"
 
 namespace {
 
-constexpr int kPage = 16;             // tokens of a page, and lanes of a vector
+constexpr int kPage = kLanes;         // tokens of a page
 constexpr int kSpan = 128;            // keys between two rescalings
 constexpr int kQueries = 16;          // tokens of a sequence whose queries a thread takes at once
 constexpr int kRows = 4;              // queries that share one reading of the keys
-constexpr int64_t kWorthThreads = 1 << 16;  // multiplications below which one thread is quicker
 constexpr float kNever = -1e30f;      // the score of a key that may not be seen; finite, so that its share is 0
-
-using Vector = float __attribute__((vector_size(64), aligned(4), may_alias));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct Batch {
   const void *q, *k, *v;   // [N, H, E], [N, K, E] and [N, K, E], rows `q_row` and `k_row` elements apart
@@ -40,26 +30,6 @@ struct Batch {
   int32_t sequences, heads, kv_heads, dim, window;  // window: keys that a query sees, itself included; 0: all
   float scale, cap;                                 // cap: scores become cap * tanh(score / cap); 0: not
 };
-
-struct Half {
-  uint16_t bits;
-};
-
-float widen(float x) { return x; }
-float widen(Half x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-
-Vector widen16(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-Vector widen16(const Half* from) {
-  const auto halves = *reinterpret_cast<const Halves*>(from);
-  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Ints) << 16);
-}
-
-void narrow(float x, float& to) { to = x; }
-void narrow(float x, Half& to) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-}
 
 Vector all(float x) { return Vector{} + x; }
 
@@ -87,12 +57,6 @@ float largest(Vector x) {
   float out = x[0];
   for (int i = 1; i < kPage; ++i) out = std::max(out, x[i]);
   return out;
-}
-
-float total(Vector x) {
-  for (int half = kPage / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
 }
 
 template <typename T>
@@ -166,7 +130,8 @@ void mix(const Batch& b, Rows& rows, int row, const Vector* share, const float* 
   for (; e < b.dim; ++e)
     for (int r = 0; r < R; ++r) {
       float sum = out[r * b.dim + e] * keep[r];
-      for (int t = 0; t < keys; ++t) sum += weight[r * kSpan + t] * widen(values[t / kPage][t % kPage * b.dim + e]);
+      for (int t = 0; t < keys; ++t)
+        sum = __builtin_fmaf(weight[r * kSpan + t], widen(values[t / kPage][t % kPage * b.dim + e]), sum);
       out[r * b.dim + e] = sum;
     }
 }
@@ -248,23 +213,6 @@ void look(const Batch& b, int sequence, int head, int first_row, Rows& rows) {
     spans<T>(b, rows, 0, start, count, keys, values);
   }
   finish<T>(b, rows, head, first_row);
-}
-
-// Calls piece(i) for i < count on up to `threads` threads, this one included.
-template <typename Piece>
-void each(int64_t count, int threads, Piece piece) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) piece(i);
-  };
-  std::vector<std::thread> others;
-  try {
-    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, count)) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // no more threads to be had: those that there are do all of it
-  }
-  work();
-  for (auto& other : others) other.join();
 }
 
 struct Task {

@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import accumulate
 
 from satchel.core.errors import SatchelError
 
@@ -38,6 +39,7 @@ class Blocks:
         self.digest: list[Digest | None] = [None] * count
         self.found: dict[Digest, int] = {}  # published blocks
         self.empty = list(range(count - 1, -1, -1))  # nobody holds them, nothing in them
+        self.pinned: set[int] = set()  # held, and not to be moved
         self.idle: OrderedDict[int, None] = OrderedDict()  # nobody holds them, published; the oldest first
 
     @property
@@ -75,6 +77,28 @@ class Blocks:
         self.refs[block] = 1
         return block
 
+    def take_run(self, count: int) -> tuple[int, list[tuple[int, int]]] | None:
+        """Contiguous blocks that stay where they are: the first of them, and the blocks to copy, each (from, to), out
+        of their way; the holders' tables are to follow. None if what stays leaves no room."""
+        if count > self.free or (start := self._clearest(count)) is None:
+            return None
+        run = range(start, start + count)
+        moved = [block for block in run if self.refs[block]]
+        for block in run:
+            if not self.refs[block]:
+                self._claim(block)
+        pairs = [(block, self._move(block)) for block in moved]
+        for block in run:
+            self.refs[block] = 1
+        self.pinned.update(run)
+        return start, pairs
+
+    def release_run(self, run: range) -> None:
+        """Give back what `take_run` gave."""
+        for block in run:
+            self.pinned.remove(block)
+            self.release(block)
+
     def share(self, block: int) -> None:
         """One holder more; the block may be idle."""
         self.idle.pop(block, None)
@@ -102,6 +126,30 @@ class Blocks:
             self._forget(block)
         self.empty += self.idle
         self.idle.clear()
+
+    def _clearest(self, count: int) -> int | None:
+        """Where so many contiguous blocks hold the fewest that would have to move; the last of equals."""
+        held = list(accumulate((self.refs[b] > 0 for b in range(self.count)), initial=0))
+        fixed = list(accumulate((b in self.pinned for b in range(self.count)), initial=0))
+        starts = [s for s in range(self.count - count + 1) if fixed[s + count] == fixed[s]]
+        return min(starts, key=lambda s: (held[s + count] - held[s], -s), default=None)
+
+    def _claim(self, block: int) -> None:
+        """Take this very block, which nobody holds."""
+        if block in self.idle:
+            del self.idle[block]
+            self._forget(block)
+        else:
+            self.empty.remove(block)
+
+    def _move(self, block: int) -> int:
+        """Another block takes over this one's holders and digest."""
+        target = self.take()
+        self.refs[target], self.refs[block] = self.refs[block], 0
+        if (digest := self.digest[block]) is not None:
+            self._forget(block)
+            self.publish(target, digest)
+        return target
 
     def _forget(self, block: int) -> None:
         digest, self.digest[block] = self.digest[block], None

@@ -16,16 +16,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from satchel.core.book import make
-from satchel.core.errors import UserError
+from satchel.core.errors import UnknownName, UserError
 from satchel.core.request import Event, Logprob, Request
+from satchel.model.bank import Span
 from satchel.model.decoder import Decoder
 from satchel.model.paged import PAGE, Pool
 from satchel.model.sampling import History, allow, choose, logprob_of, mix
+from satchel.run.adapters import Adapter, Adapters
 from satchel.run.answers import Answers
 from satchel.run.blocks import Blocks
 from satchel.run.forward import HEAD_ROWS, Part, groups, hidden, logits
@@ -60,9 +64,11 @@ class Engine:
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
         weight = model.model.embed_tokens.weight
         self.pool = Pool(model.config, limits.blocks, weight.dtype, weight.device, limits.context)
-        self.scheduler = Scheduler(limits, Blocks(limits.blocks, PAGE), make("admission", admission), clock)
+        blocks, copy = Blocks(limits.blocks, PAGE), self.pool.copy
+        self.scheduler = Scheduler(limits, blocks, make("admission", admission), clock, copy)
         self.proposer = make("decoding", decoding).start(model)
         self.answers = Answers()
+        self.adapters: Adapters | None = None  # from the first one on
         self.siblings: dict[int, list[Sequence]] = {}  # by request, answers that begin when the prompt was seen
         self.counts: Counter[str] = Counter()
         self._next_id = 0
@@ -92,13 +98,28 @@ class Engine:
         now = self.clock()
         events = [event for s in self._under_way() if s.deadline_s <= now for event in self._end(s, "deadline")]
         turn = self.scheduler.next()
+        events += [event for s, error in turn.failed.items() for event in self._end(s, "error", error)]
         if not turn.work:
             return events
-        self.pool.copy(turn.copies)
-        sequences, parts = list(turn.work), self._parts(turn, self._propose(turn))
-        x_ND = hidden(self.model, self.pool, parts)
+        sequences = sorted(turn.work, key=lambda s: s.root)  # those of one adapter stand together
+        parts = self._parts(turn, sequences, self._propose(turn))
+        with self._adapted(sequences, parts):
+            x_ND = hidden(self.model, self.pool, parts)
         self.counts.update(steps=1, tokens=sum(part.fed for part in parts))
         return events + self._accept(sequences, parts, x_ND)
+
+    def register(self, name: str, folder: str | Path) -> None:
+        """Make an adapter known, for requests to ask for it. Raises UserError for a name that is taken, ModelError for
+        a folder that holds no adapter of this model; nothing has changed then."""
+        if self.adapters is None:
+            self.adapters = self.scheduler.adapters = Adapters(self.model, self.pool)
+        self.adapters.register(name, folder)
+
+    def unregister(self, name: str) -> None:
+        """Forget an adapter's name; answers that are under way keep it. Raises UnknownName."""
+        if self.adapters is None:
+            raise UnknownName("adapter", name, ())
+        self.adapters.remove(name)
 
     def run(self) -> list[Event]:
         """Steps until idle: all events."""
@@ -118,6 +139,9 @@ class Engine:
             "blocks_idle": len(blocks.idle),
             "block_bytes": self.pool.block_bytes,
             "preemptions": self.scheduler.preemptions,
+            "adapters": len(self.adapters.registered) if self.adapters else 0,
+            "adapters_resident": len(self.adapters.resident) if self.adapters else 0,
+            "adapter_loads": self.adapters.loads if self.adapters else 0,
             **{name: self.counts[name] for name in COUNTS},
         }
 
@@ -133,18 +157,19 @@ class Engine:
                 f"{len(request.prompt)} tokens of prompt and max_tokens={request.max_tokens} make {total}; "
                 f"this engine takes {self.limits.context} together"
             )
-        if (needs := self.scheduler.blocks.needed(total)) > self.limits.blocks:
+        adapter = self._adapter(request)
+        left = self.limits.blocks - (adapter.blocks if adapter else 0)
+        if (needs := self.scheduler.blocks.needed(total)) > left:
+            beside = f" beside adapter '{adapter.name}'" if adapter else ""
             raise UserError(
-                f"{total} tokens need {needs} blocks of {PAGE} and the pool has {self.limits.blocks}; "
-                f"ask for {self.limits.blocks * PAGE} tokens or less, or give the engine more memory"
+                f"{total} tokens need {needs} blocks of {PAGE} and the pool has {left}{beside}; "
+                f"ask for {left * PAGE} tokens or less, or give the engine more memory"
             )
         for name, tokens in (("prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):
             if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
                 raise UserError(f"{name}: token {wrong[0]} is not among the model's {vocabulary}")
         if request.stop and self.tokenizer is None:
             raise UserError("stop: this engine has no tokenizer, so it knows no text; give stop_tokens")
-        if request.adapter:
-            raise UserError(f"no adapter '{request.adapter}'; this engine has none")
 
     def _sequence(self, id: int, index: int, request: Request) -> Sequence:
         seed = mix(self.seed, id) if request.sampling.seed is None else request.sampling.seed
@@ -153,13 +178,20 @@ class Engine:
             index=index,
             request=request,
             key=mix(seed, index),
-            root=b"",
             arrival_s=self.clock(),
             tokens=list(request.prompt),
+            adapter=self._adapter(request),
             stream=TextStream(self.tokenizer) if self.tokenizer else None,
             stops=StopTexts(request.stop) if request.stop else None,
             constraint=request.constraint() if request.constraint else None,
         )
+
+    def _adapter(self, request: Request) -> Adapter | None:
+        if not request.adapter:
+            return None
+        if self.adapters is None:
+            raise UnknownName("adapter", request.adapter, ())
+        return self.adapters.find(request.adapter)
 
     def _under_way(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]
@@ -172,13 +204,25 @@ class Engine:
         drafts = zip(asking, self.proposer.propose(asking, room), strict=True)
         return {s: list(draft[: self.scheduler.extend(s, len(draft))]) for s, draft in drafts if draft}
 
-    def _parts(self, turn: Turn, drafts: dict[Sequence, list[int]]) -> list[Part]:
+    def _parts(self, turn: Turn, sequences: list[Sequence], drafts: dict[Sequence, list[int]]) -> list[Part]:
         parts, first = [], 0
-        for s, count in turn.work.items():
-            tokens = s.tokens[s.cached : s.cached + count]
+        for s in sequences:
+            tokens = s.tokens[s.cached : s.cached + turn.work[s]]
             parts.append(Part(tokens, drafts.get(s, []), s.table, s.cached, first))
             first += parts[-1].fed
         return parts
+
+    def _adapted(self, sequences: list[Sequence], parts: list[Part]) -> AbstractContextManager[None]:
+        """The adapters of a step's tokens, in force."""
+        if self.adapters is None:
+            return nullcontext()
+        bounds: dict[Adapter, tuple[int, int]] = {}
+        for s, part in zip(sequences, parts, strict=True):
+            if s.adapter is not None:
+                first, _ = bounds.get(s.adapter, (part.first, 0))
+                bounds[s.adapter] = first, part.first + part.fed
+        resident = self.adapters.resident
+        return self.adapters.bank.using([Span(*bound, resident[a].stored) for a, bound in bounds.items()])
 
     def _accept(self, sequences: list[Sequence], parts: list[Part], x_ND: Tensor) -> list[Event]:
         """Choose tokens where the model has seen all of a sequence, and say them."""

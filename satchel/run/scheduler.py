@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from satchel.core.errors import UserError
 from satchel.core.seams import Admission
+from satchel.run.adapters import Adapter, Adapters
 from satchel.run.blocks import Blocks, digests
 from satchel.run.ledger import Ledger
 from satchel.run.sequence import Sequence
@@ -32,7 +34,7 @@ class Turn:
     """The work of one step."""
 
     work: dict[Sequence, int] = field(default_factory=dict)  # how many of its pending tokens each one runs
-    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy first, (from, to)
+    failed: dict[Sequence, str] = field(default_factory=dict)  # what cannot run, and why
 
     @property
     def tokens(self) -> int:
@@ -43,8 +45,17 @@ class Turn:
 class Scheduler:
     """The sequences that wait and that run, and their blocks."""
 
-    def __init__(self, limits: Limits, blocks: Blocks, admission: Admission, clock: Callable[[], float]) -> None:
-        self.limits, self.blocks, self.admission, self.clock = limits, blocks, admission, clock
+    def __init__(
+        self,
+        limits: Limits,
+        blocks: Blocks,
+        admission: Admission,
+        clock: Callable[[], float],
+        copy: Callable[[list[tuple[int, int]]], None],
+    ) -> None:
+        """`copy` copies blocks of the pool, each (from, to)."""
+        self.limits, self.blocks, self.admission, self.clock, self.copy = limits, blocks, admission, clock, copy
+        self.adapters: Adapters | None = None
         self.waiting: dict[Sequence, None] = {}  # in the order of arrival
         self.running: dict[Sequence, None] = {}
         self.ledger = Ledger()
@@ -58,13 +69,13 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """A sequence ended, wherever it was."""
         self.waiting.pop(sequence, None)
-        self.running.pop(sequence, None)
-        self._release(sequence)
+        self._stop(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """A sequence with the same tokens as a running one shares its blocks, if there is room to run it now."""
         self.add(child)
         if len(self.running) < self.limits.batch:
+            self._host(child)
             self._hold(child, parent.table)
             child.cached = len(child.tokens)
             self._run(child)
@@ -77,8 +88,13 @@ class Scheduler:
             if sequence in self.running:
                 self._go_on(sequence, turn, order)
         for sequence in sorted(self.waiting, key=lambda sequence: self._rank(sequence, now)):
-            if turn.tokens == self.limits.step_tokens or not self._enter(sequence, turn, order):
+            if turn.tokens == self.limits.step_tokens:
                 break
+            try:
+                if not self._enter(sequence, turn, order):
+                    break
+            except UserError as fault:  # of its adapter's folder
+                turn.failed[sequence] = str(fault)
         for sequence, count in turn.work.items():
             self._charge(sequence, sequence.cached + count)
         return turn
@@ -104,7 +120,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises SatchelError where the pool and the sequences' tables contradict each other."""
-        self.blocks.check_integrity(s.table for s in (*self.running, *self.waiting))
+        tables = [s.table for s in (*self.running, *self.waiting)]
+        self.blocks.check_integrity(tables + (self.adapters.runs() if self.adapters else []))
 
     def _rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         return *self.admission.rank(sequence, self.ledger.served(sequence.tenant), now), sequence.id, sequence.index
@@ -114,7 +131,7 @@ class Scheduler:
         count = min(sequence.pending, self.limits.step_tokens - turn.tokens)
         if not count:
             return
-        while not self._ready(sequence, sequence.cached + count, turn):
+        while not self._ready(sequence, sequence.cached + count):
             victim = next(s for s in reversed(order) if s in self.running)
             self._preempt(victim, turn)
             if victim is sequence:
@@ -123,8 +140,7 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence, turn: Turn, order: list[Sequence]) -> bool:
         """Let a waiting sequence run if there is room, or those that it displaces make some."""
-        found = self._reusable(sequence)
-        while not self._fits(sequence, found):
+        while (found := self._room(sequence)) is None:
             victim = next((s for s in reversed(order) if s in self.running), None)
             if victim is None or not self.admission.displaces(sequence, victim):
                 return False
@@ -145,10 +161,57 @@ class Scheduler:
         sequence.digests = digests(sequence.tokens, self.blocks.size, sequence.root, sequence.digests)
         return self.blocks.match(sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.size])
 
-    def _fits(self, sequence: Sequence, found: list[int]) -> bool:
-        fresh = self.blocks.needed(len(sequence.tokens) + 1) - len(found)
+    def _room(self, sequence: Sequence) -> list[int] | None:
+        """Its adapter in the pool, and blocks enough for all it has: the known ones among them. None if there is no
+        room for it."""
+        if len(self.running) >= self.limits.batch or not self._host(sequence):
+            return None
+        found = self._reusable(sequence)
         idle = sum(block in self.blocks.idle for block in found)
-        return len(self.running) < self.limits.batch and fresh <= self.blocks.free - idle
+        if self._reclaim(self.blocks.needed(len(sequence.tokens) + 1) - len(found) + idle):
+            return found
+        self._leave(sequence)
+        return None
+
+    def _reclaim(self, count: int) -> bool:
+        """Whether so many blocks are free, after adapters that nobody uses were forgotten for them."""
+        while self.blocks.free < count and self.adapters and (adapter := self.adapters.unused()):
+            self.blocks.release_run(self.adapters.unload(adapter))
+        return self.blocks.free >= count
+
+    def _host(self, sequence: Sequence) -> bool:
+        """Bring its adapter into the pool, if it has one, and hold on to it. Raises ModelError if it cannot be read."""
+        adapter = sequence.adapter
+        if adapter is None or self.adapters is None:
+            return True
+        if adapter not in self.adapters.resident:
+            while (run := self.blocks.take_run(adapter.blocks)) is None:
+                if (unused := self.adapters.unused()) is None:
+                    return False
+                self.blocks.release_run(self.adapters.unload(unused))
+            self._move(run[1])
+            self._load(adapter, range(run[0], run[0] + adapter.blocks))
+        self.adapters.use(adapter)
+        return True
+
+    def _load(self, adapter: Adapter, run: range) -> None:
+        assert self.adapters is not None
+        try:
+            self.adapters.load(adapter, run.start)
+        except BaseException:
+            self.blocks.release_run(run)
+            raise
+
+    def _leave(self, sequence: Sequence) -> None:
+        if self.adapters is not None and sequence.adapter is not None:
+            self.adapters.leave(sequence.adapter)
+
+    def _move(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks, and let their holders follow."""
+        self.copy(pairs)
+        moved = dict(pairs)
+        for sequence in self.running if moved else ():
+            sequence.table = [moved.get(block, block) for block in sequence.table]
 
     def _charge(self, sequence: Sequence, seen: int) -> None:
         fresh = seen - max(sequence.charged, sequence.reused)
@@ -156,16 +219,16 @@ class Scheduler:
             self.ledger.charge(sequence.tenant, fresh, sequence.said_count > 0)
             sequence.charged = seen
 
-    def _ready(self, sequence: Sequence, tokens: int, turn: Turn) -> bool:
+    def _ready(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks of its own for the tokens up to so many; False if there are not enough."""
         at = sequence.cached // self.blocks.size
         shared = at < len(sequence.table) and self.blocks.refs[sequence.table[at]] > 1
-        if self.blocks.needed(tokens) - len(sequence.table) + shared > self.blocks.free:
+        if not self._reclaim(self.blocks.needed(tokens) - len(sequence.table) + shared):
             return False
         if shared:
             old, sequence.table[at] = sequence.table[at], self.blocks.take()
             self.blocks.release(old)
-            turn.copies.append((old, sequence.table[at]))
+            self.copy([(old, sequence.table[at])])
         self._grow(sequence, tokens)
         return True
 
@@ -184,14 +247,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, turn: Turn) -> None:
         turn.work.pop(sequence, None)
-        del self.running[sequence]
-        self._release(sequence)
+        self._stop(sequence)
         self.waiting[sequence] = None
         sequence.preempted += 1
         self.preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
-        """The last blocks are the first to be forgotten: a beginning is worth more, as others may share it."""
+    def _stop(self, sequence: Sequence) -> None:
+        """Give back what a sequence holds. Its last blocks are forgotten first: a beginning may be shared by others."""
+        if sequence not in self.running:
+            return
+        del self.running[sequence]
+        self._leave(sequence)
         for block in reversed(sequence.table):
             self.blocks.release(block)
         sequence.table, sequence.cached = [], 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from satchel.core.request import Constraint, Logprob, Request
+from satchel.run.adapters import Adapter
 from satchel.run.blocks import Digest
 from satchel.run.text import StopTexts, TextStream
 
@@ -18,9 +19,9 @@ class Sequence:
     index: int  # which of its answers
     request: Request
     key: int  # of its randomness
-    root: Digest  # what its blocks depend on beside tokens
     arrival_s: float
     tokens: list[int]  # prompt and answer
+    adapter: Adapter | None = None
     stream: TextStream | None = None  # None: the engine has no tokenizer
     stops: StopTexts | None = None
     constraint: Constraint | None = None
@@ -34,6 +35,11 @@ class Sequence:
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
     finish: str = ""
     stopped_by: str | int | None = None
+
+    @property
+    def root(self) -> Digest:
+        """What its blocks depend on beside tokens."""
+        return self.adapter.root if self.adapter else b""
 
     @property
     def pending(self) -> int:

@@ -47,7 +47,7 @@ class Holders(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.blocks, self.tables = Blocks(6, 16), []
+        self.blocks, self.tables, self.runs = Blocks(6, 16), [], []
 
     @rule()
     def take(self):
@@ -65,6 +65,23 @@ class Holders(RuleBasedStateMachine):
             self.blocks.share(block)
             self.tables.append([block])
 
+    @rule(count=st.integers(1, 3))
+    def take_run(self, count):
+        before = {block: self.blocks.digest[block] for table in self.tables for block in table}
+        if taken := self.blocks.take_run(count):
+            start, pairs = taken
+            moved = dict(pairs)
+            self.tables = [[moved.get(block, block) for block in table] for table in self.tables]
+            self.runs.append(range(start, start + count))
+            assert all(self.blocks.digest[moved.get(block, block)] == digest for block, digest in before.items())
+        else:
+            assert count > self.blocks.free or self.runs
+
+    @rule()
+    def release_run(self):
+        if self.runs:
+            self.blocks.release_run(self.runs.pop(0))
+
     @rule(at=st.integers(0, 9))
     def release(self, at):
         if at < len(self.tables):
@@ -76,7 +93,7 @@ class Holders(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self):
-        self.blocks.check_integrity(self.tables)
+        self.blocks.check_integrity([*self.tables, *self.runs])
 
 
 TestHolders = Holders.TestCase
