@@ -36,6 +36,7 @@ class ServeJob:
     step_tokens: int = 512  # tokens that a step sees at most: long prompts are cut into parts of this
     admission: str = "fcfs"  # who runs next
     decoding: str = "plain"  # how tokens are found
+    adapters: str = ""  # folder whose subfolders are PEFT adapters, each served under its own name
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self) -> None:

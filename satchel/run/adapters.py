@@ -8,13 +8,16 @@ An answer holds on to the adapter that its request named when it came, whatever 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
 from satchel.adapt import read_peft
 from satchel.core.errors import ModelError, UnknownName, UserError
-from satchel.model.bank import Bank, LowRank, Stored
+from satchel.model.bank import Bank, LowRank, Span, Stored
 from satchel.model.decoder import Decoder
 from satchel.model.paged import Pool
 
@@ -43,10 +46,14 @@ class Adapters:
 
     def __init__(self, model: Decoder, pool: Pool) -> None:
         self.model, self.pool = model, pool
-        self.bank = Bank(model, pool.data)
         self.registered: dict[str, Adapter] = {}
         self.resident: OrderedDict[Adapter, Resident] = OrderedDict()  # the longest unused first
         self.loads = 0
+
+    @cached_property
+    def bank(self) -> Bank:
+        """Around the model's maps from the first registration on."""
+        return Bank(self.model, self.pool.data)
 
     def register(self, name: str, folder: str | Path) -> None:
         """Make a folder known under a name. Raises UserError for a name that is taken, ModelError for what is wrong
@@ -96,6 +103,16 @@ class Adapters:
         """Forget where it is; the blocks that it had."""
         start = self.resident.pop(adapter).start
         return range(start, start + adapter.blocks)
+
+    def using(self, rows: Iterable[tuple[Adapter | None, range]]) -> AbstractContextManager[None]:
+        """In force for the model's next calls: adapters on rows, those of one adapter one after the other."""
+        bounds: dict[Adapter, range] = {}
+        for adapter, some in rows:
+            if adapter is not None:
+                bounds[adapter] = range(bounds.get(adapter, some).start, some.stop)
+        if not bounds:
+            return nullcontext()
+        return self.bank.using([Span(r.start, r.stop, self.resident[a].stored) for a, r in bounds.items()])
 
     def runs(self) -> list[range]:
         """The blocks of each adapter in the pool."""

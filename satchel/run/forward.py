@@ -32,6 +32,11 @@ class Part:
         return len(self.tokens) + len(self.draft)
 
     @property
+    def all_rows(self) -> range:
+        """The rows of all its tokens."""
+        return range(self.first, self.first + self.fed)
+
+    @property
     def rows(self) -> range:
         """The rows of its last certain token and its guesses, which say what comes next."""
         return range(self.first + len(self.tokens) - 1, self.first + self.fed)

@@ -50,12 +50,13 @@ class Scheduler:
         limits: Limits,
         blocks: Blocks,
         admission: Admission,
+        adapters: Adapters,
         clock: Callable[[], float],
         copy: Callable[[list[tuple[int, int]]], None],
     ) -> None:
         """`copy` copies blocks of the pool, each (from, to)."""
-        self.limits, self.blocks, self.admission, self.clock, self.copy = limits, blocks, admission, clock, copy
-        self.adapters: Adapters | None = None
+        self.limits, self.blocks, self.admission, self.adapters = limits, blocks, admission, adapters
+        self.clock, self.copy = clock, copy
         self.waiting: dict[Sequence, None] = {}  # in the order of arrival
         self.running: dict[Sequence, None] = {}
         self.ledger = Ledger()
@@ -121,7 +122,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises SatchelError where the pool and the sequences' tables contradict each other."""
         tables = [s.table for s in (*self.running, *self.waiting)]
-        self.blocks.check_integrity(tables + (self.adapters.runs() if self.adapters else []))
+        self.blocks.check_integrity([*tables, *self.adapters.runs()])
 
     def _rank(self, sequence: Sequence, now: float) -> tuple[float, ...]:
         return *self.admission.rank(sequence, self.ledger.served(sequence.tenant), now), sequence.id, sequence.index
@@ -175,14 +176,14 @@ class Scheduler:
 
     def _reclaim(self, count: int) -> bool:
         """Whether so many blocks are free, after adapters that nobody uses were forgotten for them."""
-        while self.blocks.free < count and self.adapters and (adapter := self.adapters.unused()):
+        while self.blocks.free < count and (adapter := self.adapters.unused()):
             self.blocks.release_run(self.adapters.unload(adapter))
         return self.blocks.free >= count
 
     def _host(self, sequence: Sequence) -> bool:
         """Bring its adapter into the pool, if it has one, and hold on to it. Raises ModelError if it cannot be read."""
         adapter = sequence.adapter
-        if adapter is None or self.adapters is None:
+        if adapter is None:
             return True
         if adapter not in self.adapters.resident:
             while (run := self.blocks.take_run(adapter.blocks)) is None:
@@ -195,7 +196,6 @@ class Scheduler:
         return True
 
     def _load(self, adapter: Adapter, run: range) -> None:
-        assert self.adapters is not None
         try:
             self.adapters.load(adapter, run.start)
         except BaseException:
@@ -203,7 +203,7 @@ class Scheduler:
             raise
 
     def _leave(self, sequence: Sequence) -> None:
-        if self.adapters is not None and sequence.adapter is not None:
+        if sequence.adapter is not None:
             self.adapters.leave(sequence.adapter)
 
     def _move(self, pairs: list[tuple[int, int]]) -> None:

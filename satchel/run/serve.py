@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from satchel.core.book import make
+from satchel.core.errors import UserError
 from satchel.core.request import Request, Sampling
 from satchel.core.serve import ServeJob
 from satchel.model.config import ModelConfig
@@ -58,7 +60,17 @@ def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> 
         seed=job.seed,
         clock=clock,
     )
+    for folder in adapter_folders(job.adapters):
+        engine.register(folder.name, folder)
     return Service(job, engine, tokenizer, room, governor)
+
+
+def adapter_folders(home: str) -> list[Path]:
+    """The adapters in a folder of them. Raises UserError for one that holds none."""
+    found = sorted(path.parent for path in Path(home).glob("*/adapter_config.json")) if home else []
+    if home and not found:
+        raise UserError(f"adapters: no folder in '{home}' holds an adapter_config.json; give the folder above them")
+    return found
 
 
 def _warm_up(job: ServeJob, config: ModelConfig, device: str) -> None:
