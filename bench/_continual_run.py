@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ def main(**fields: Any) -> dict[str, Any]:
     job, began = PretrainJob.from_dict(fields), time.process_time()
     receipt = pretrain(job)
     evaluations = [line for line in read_metrics(Path(job.out) / FILE) if "held_out_loss" in line]
+    shutil.rmtree(Path(job.out) / "checkpoints")
     return {
         "losses": {
             name.partition("/")[2]: [(line["step"], line[name]) for line in evaluations]

@@ -36,11 +36,30 @@ def test_a_row_says_what_was_forgotten_and_gained(bench):
     assert continual.row(continual.Bench(bench.work, 10, 5), continual.RUNS[0]) == {"run": "old text", "phases": 1}
 
 
-def test_findings_are_ratios_of_means_and_there_are_none_before_all_runs_are_there(bench):
+def test_findings_are_ratios_of_means_of_the_runs_that_are_there(bench):
     found = continual.findings(bench)
-    assert found["replay's cost on the new text, re-warmed"] == 1.0
+    assert found["new text with replay over without, re-warmed"] == 1.0
     assert found["re-warm and replay over union, mean loss"] == pytest.approx((2 + 0.41 / 2 + 3) / (2 + 0.51 / 2 + 3))
-    assert not continual.findings(continual.Bench(bench.work, 10, 5, bench.found[:-2]))
+    few = continual.findings(
+        continual.Bench(bench.work, 10, 5, [r for r in bench.found if r["run"] != continual.UNION])
+    )
+    assert found.keys() - few.keys() == {"re-warm and replay over union, mean loss"}
+
+
+def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        continual,
+        "measure",
+        lambda module, fields, limit: (
+            calls.append(fields) or {"losses": {"old": [[0, 1.0]], "new": [[0, 1.0]]}, "cpu_s": 1.0}
+        ),
+    )
+    (tmp_path / "0").mkdir()
+    first = continual.Bench(tmp_path, 10, 5).run(continual.RUNS[0], 0)
+    assert continual.Bench(tmp_path, 10, 5).run(continual.RUNS[0], 0) == first and len(calls) == 1
+    continual.Bench(tmp_path, 20, 5).run(continual.RUNS[0], 0)
+    assert len(calls) == 2
 
 
 def test_the_gaps_are_drawn(bench, tmp_path):
