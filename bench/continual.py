@@ -244,7 +244,8 @@ def draw(bench: Bench, path: Path) -> None:
         if bench.of(UNION):
             panel.axhline(mean(ends(bench.of(UNION), source)), color="grey", linestyle="--", label=UNION)
         panel.set(title=f"{source} text", xlabel="step of the second phase", ylabel="held-out loss, nats a token")
-        panel.legend()
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend()
     figure.savefig(path, dpi=110)
 
 

@@ -25,7 +25,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 JOB_FLAGS = """
     --config --model --data --out --eval-data --eval-share --eval-rows --device --memory --dtype --adapter --optimizer
     --schedule --activations --surgery --format --objective --checkpoint --lr --context --batch --micro-batch --steps
-    --epochs --clip --seed --eval-every --save-every --resume --no-resume --merge --no-merge
+    --epochs --clip --seed --eval-every --save-every --resume --no-resume --branch --merge --no-merge
 """
 TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
 PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture --selector "

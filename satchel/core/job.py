@@ -61,6 +61,7 @@ class Job:
     eval_every: int = 0  # optimizer steps between evaluations; 0: at the start and the end
     save_every: int = 0  # optimizer steps between checkpoints; 0: at the end and on ctrl-C
     resume: bool = False  # go on from the last checkpoint in `out`
+    branch: str = ""  # another run's checkpoint to go on from, optimizer and all: runs/a/checkpoints/step-000800
     merge: bool = False  # also write the merged model
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.disk import require_room, writing
-from satchel.core.errors import JobError, ModelError
+from satchel.core.errors import JobError, ModelError, UserError
 from satchel.core.seams import Saver
 from satchel.model.disk import replace_text, sync, write_pieces, write_text
 from satchel.model.encodings import PLAIN
@@ -67,6 +67,15 @@ class Saved:
         tensors = {name: torch.empty(s.shape, dtype=PLAIN[s.dtype], device=device) for name, s in stored.items()}
         self.read_into(file, tensors)
         return tensors
+
+
+def find_saved(folder: Path) -> Saved:
+    """The checkpoint in a folder that a user named. Raises UserError if there is none, or it is damaged."""
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder}: no checkpoint; name a folder such as runs/tune/checkpoints/step-000100")
+    if fault := damage(folder):
+        raise UserError(f"{folder}: the checkpoint is damaged ({fault}); name another")
+    return Saved(folder, json.loads((folder / STATE).read_text()))
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from satchel.core.errors import Diverged, JobError, SatchelError
+from satchel.core.errors import Diverged, JobError, SatchelError, UserError
 from satchel.core.job import Job
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import Batch
 from satchel.run.assemble import Assembly
-from satchel.run.checkpoint import KEPT, Checkpoints, pull_tensors, push_tensors
+from satchel.run.checkpoint import KEPT, Checkpoints, find_saved, pull_tensors, push_tensors
 from satchel.run.data import Dataset
 from satchel.run.folder import claim, fingerprint
 from satchel.run.governor import Governor, ran_out
@@ -90,7 +90,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """See `train`."""
         claim(self.job, self.dataset.fingerprint(), fingerprint(self.assembly.model))
-        restored = self._restore() if self.job.resume else None
+        restored = self._restore() if self.job.resume or self.job.branch else None
         if not self.job.resume:
             for text in self.dataset.notes:
                 self.report.note(text)
@@ -109,7 +109,7 @@ class Trainer:
     def _loop(self, interrupt: Interrupt, path: Path | None) -> Path:
         """All steps that are left, from the checkpoint at `path`; the path of the last checkpoint."""
         progress = self.progress
-        if progress.step == 0:
+        if path is None:
             self._evaluate()
         while progress.step < self.steps and not interrupt.asked:
             self._step()
@@ -168,7 +168,7 @@ class Trainer:
         progress.seconds += time.perf_counter() - began
         loss = _overall(losses, held_out)
         progress.evaluated, progress.held_out_after = progress.step, loss
-        if progress.step == 0:
+        if progress.held_out_before is None:
             progress.held_out_before = loss
         self._record({"held_out_loss": loss} | {f"held_out_loss/{name}": each for name, each in losses.items() if name})
 
@@ -258,8 +258,9 @@ class Trainer:
         return state, {"parameters": self.assembly.lasting, "optimizer": moments}
 
     def _restore(self) -> Path | None:
-        """Go on from the newest checkpoint, whose folder it returns; None if there is none."""
-        saved = self.checkpoints.newest()
+        """Go on from this run's newest checkpoint, whose folder it returns, or else from where the job branches off."""
+        own = self.checkpoints.newest() if self.job.resume else None
+        saved = own or (find_saved(Path(self.job.branch)) if self.job.branch else None)
         if saved is None:
             self.report.note("no checkpoint had been saved: starting from step 0")
             return None
@@ -269,7 +270,16 @@ class Trainer:
         now, self.progress = self.progress, Progress(**saved.state["progress"])
         self.progress.micro_batch = min(self.progress.micro_batch, now.micro_batch)  # what fits now may be less
         self.report.note(f"going on from step {self.progress.step} of {self.steps}")
-        return saved.folder
+        if own is None:
+            self._begin_anew()
+        return saved.folder if own else None
+
+    def _begin_anew(self) -> None:
+        """What was measured belongs to the run that this one branches off from. Raises UserError if no step is left."""
+        if self.progress.step >= self.steps:
+            where = f"the checkpoint is at step {self.progress.step}"
+            raise UserError(f"branch: {where} and the job has {self.steps} steps; name an earlier one, or more steps")
+        self.progress.held_out_before, self.progress.evaluated = None, -1
 
 
 def _overall(losses: dict[str, float], held_out: Stream) -> float:

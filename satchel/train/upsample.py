@@ -4,7 +4,8 @@
               to_k / sum of to, at most cap passes in that time  from there on; what is cut off goes to the others
 
 The learning rate decays as it did. Between 10% and 20% of the steps are best: at 30% the general loss suffers.
-`without` leaves one source out of the end: the difference to the run with it is what that source is worth.
+`without` leaves one source out of the end: the difference to the run with it is what that source is worth. A job that
+branches off (`branch`) from a checkpoint where the end begins pays for the end alone.
 Spends compute only where the base run is over already.
 Paper: https://arxiv.org/abs/2406.03476
 """

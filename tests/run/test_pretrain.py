@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,40 @@ def test_the_same_seed_draws_the_same_weights():
     models = [draw(config, torch.float32, "cpu", seed).state_dict() for seed in (0, 0, 1)]
     same = [torch.equal(models[0][name], models[1][name]) for name in models[0]]
     assert all(same) and not torch.equal(models[0]["lm_head.weight"], models[2]["lm_head.weight"])
+
+
+def ended(job):
+    """Train a toy; its weights and the steps of its metrics."""
+    assembly = assemble(job, toy_decoder())
+    train(job, assembly, read_sources(job, CharTokenizer()))
+    lines = [line for line in read_metrics(Path(job.out) / "metrics.jsonl") if "loss" in line]
+    return torch.cat([p.detach().flatten() for _, p in assembly.parameters]), [line["step"] for line in lines]
+
+
+def test_a_branch_is_the_run_that_would_have_had_its_mixture_from_the_start(tmp_path):
+    """Upsampling changes nothing before its stretch: only that stretch is paid for, for every source left out."""
+    job = toy_pretraining(tmp_path, steps=10, save_every=8, schedule="cosine:warmup=0.2")
+    base, _ = ended(job)
+    point = str(tmp_path / "out" / "checkpoints" / "step-000008")
+    for without in (0, 2):
+        mixture = f"upsample:last=0.2,to=1+3,cap=99,without={without}"
+        whole, steps = ended(job.replace(out=str(tmp_path / f"whole{without}"), mixture=mixture))
+        branch, after = ended(job.replace(out=str(tmp_path / f"branch{without}"), mixture=mixture, branch=point))
+        assert torch.equal(branch, whole) and not torch.equal(branch, base)
+        assert steps == list(range(1, 11)) and after == [9, 10]
+    first = next(line for line in read_metrics(tmp_path / "branch0" / "metrics.jsonl"))
+    assert first["step"] == 8 and "held_out_loss/small" in first
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"), [({"steps": 4}, "at step 4 and the job has 4"), ({"branch": "no"}, "no: no checkpoint")]
+)
+def test_a_branch_that_leads_nowhere_is_refused(tmp_path, changes, complaint):
+    job = toy_pretraining(tmp_path, steps=4)
+    ended(job)
+    there = {"branch": str(tmp_path / "out" / "checkpoints" / "step-000004"), "out": str(tmp_path / "b"), "steps": 9}
+    with pytest.raises(UserError, match=complaint):
+        ended(job.replace(**(there | changes)))
 
 
 def test_another_mixture_is_another_job_and_does_not_resume(tmp_path):
