@@ -1,4 +1,4 @@
-"""Write text with a decoder: sampling, a cache of the past, and text that appears as it is made.
+"""Write text with a decoder: one request to an engine of its own, and text that appears as it is made.
 
 generate(model, tokenizer, "The sky is", temperature=0)            continues plain text
 generate(model, tokenizer, [{"role": "user", "content": "Hi"}])    answers a conversation
@@ -6,21 +6,18 @@ generate(model, tokenizer, [{"role": "user", "content": "Hi"}])    answers a con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from satchel.core.errors import UserError
-from satchel.model.cache import Cache
+from satchel.core.request import Request, Sampling
 from satchel.model.decoder import Decoder
-from satchel.run.text import TextStream
+from satchel.model.paged import PAGE
+from satchel.run.engine import Engine
+from satchel.run.scheduler import Limits
 
 if TYPE_CHECKING:
     from satchel.model.tokenizer import Tokenizer
-
-# T tokens, D width, V vocabulary
 
 PREFILL = 512  # prompt tokens that go through the model at once: bounds the memory of a long prompt
 
@@ -42,75 +39,40 @@ def generate(
     probability. `on_text` receives the text piece by piece, whole characters only. Ends at the model's stop tokens, at
     `max_tokens` or at the model's context. Raises UserError for a setting out of range and a prompt that is too long.
     """
-    _check(max_tokens, temperature, top_p)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     ids = tokenizer.encode(prompt, special=True) if isinstance(prompt, str) else _conversation(tokenizer, prompt)
     room = model.config.context - len(ids)
     if not ids or room < 1:
         raise UserError(f"the prompt has {len(ids)} tokens; this model takes 1 to {model.config.context - 1}")
-    rng = torch.Generator().manual_seed(seed)
-    pieces: list[str] = []
-    stream = TextStream(tokenizer)
-    for token in continue_tokens(model, ids, min(max_tokens, room), lambda l_V: sample(l_V, temperature, top_p, rng)):
-        if token in tokenizer.stop_ids:
-            break
-        _emit(stream.push(token), pieces, on_text)
-    _emit(stream.rest(), pieces, on_text)
-    return "".join(pieces)
-
-
-def continue_tokens(model: Decoder, ids: Sequence[int], count: int, pick: Callable[[Tensor], int]) -> Iterator[int]:
-    """`count` tokens after `ids`, one by one; `pick` chooses each from logits_V (float32, on the CPU)."""
-    weight = model.model.embed_tokens.weight
-    cache = Cache(model.config, weight.dtype, weight.device)
+    request = Request(
+        prompt=tuple(ids), max_tokens=min(max_tokens, room), sampling=sampling, stop_tokens=tuple(tokenizer.stop_ids)
+    )
     training = model.training
-    model.eval()
     try:
-        for _ in range(count):
-            ids = [pick(_last_logits(model, ids, cache))]
-            yield ids[0]
+        return _answer(_engine_for(request, model, tokenizer), request, on_text)
     finally:
         model.train(training)
 
 
-def sample(logits_V: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> int:
-    """A token drawn from softmax(logits / temperature), cut to the fewest likeliest tokens that hold `top_p`."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    p_V, order_V = torch.softmax(logits_V / temperature, dim=0).sort(descending=True)
-    kept_V = p_V * (p_V.cumsum(0) - p_V < top_p)
-    return int(order_V[torch.multinomial(kept_V, 1, generator=rng)])
+def _engine_for(request: Request, model: Decoder, tokenizer: Tokenizer) -> Engine:
+    """An engine whose pool holds this one request."""
+    total = len(request.prompt) + request.max_tokens
+    return Engine(model, Limits(-(-total // PAGE), 1, PREFILL, model.config.context), tokenizer)
 
 
-@torch.inference_mode()
-def _last_logits(model: Decoder, ids: Sequence[int], cache: Cache) -> Tensor:
-    """logits_V after the last of the ids, which are added to the cache."""
-    tokens_1T = torch.tensor([ids], device=model.model.embed_tokens.weight.device)
-    for part_1T in tokens_1T.split(PREFILL, dim=1):
-        x_1TD = model.hidden(part_1T, cache=cache)
-    return model.logits(x_1TD[:, -1:])[0, 0].float().cpu()
+def _answer(engine: Engine, request: Request, on_text: Callable[[str], None] | None) -> str:
+    pieces: list[str] = []
+    engine.submit(request)
+    while not engine.idle:
+        for event in engine.step():
+            if event.error:
+                raise UserError(event.error)
+            if event.text:
+                pieces.append(event.text)
+                if on_text:
+                    on_text(event.text)
+    return "".join(pieces)
 
 
 def _conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     return tokenizer.encode(tokenizer.chat(messages, generate=True))
-
-
-def _emit(text: str, pieces: list[str], on_text: Callable[[str], None] | None) -> None:
-    if text:
-        pieces.append(text)
-        if on_text:
-            on_text(text)
-
-
-def _check(max_tokens: int, temperature: float, top_p: float) -> None:
-    for name, value, holds, cure in (
-        ("max_tokens", max_tokens, max_tokens >= 1, "an answer has at least 1 token"),
-        (
-            "temperature",
-            temperature,
-            0 <= temperature < float("inf"),
-            "0 takes the likeliest token, 1 draws as trained",
-        ),
-        ("top_p", top_p, 0 < top_p <= 1, "it lies in (0, 1]; 1 draws from all tokens"),
-    ):
-        if not holds:
-            raise UserError(f"generate: {name}={value} is not allowed; {cure}")

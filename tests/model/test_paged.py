@@ -8,9 +8,14 @@ from satchel.model.decoder import Decoder
 from satchel.model.paged import PAGE, Pool, Row, Stretch, paged_attention_in_torch
 from satchel.native import paged as native
 from tests.model.families import SHAPE
-from tests.model.test_cache import FAMILIES
 from tests.tolerances import TOLERANCE, same
 
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "mistral": {"model_type": "mistral", "sliding_window": 4},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "attn_logit_softcapping": 2.0},
+    "gpt_neox": {"model_type": "gpt_neox"},
+}
 RNG = torch.Generator().manual_seed(0)
 PASTS, NEW = (0, 37, 200, 5, 15), (19, 1, 3, 1, 1)  # of five sequences
 paths = pytest.mark.parametrize("path", ["native", "torch"])
