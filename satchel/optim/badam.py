@@ -7,8 +7,9 @@ layer; the backward pass ends at that layer, so that the layers below keep no ac
 head do not train (nor do they by default in the authors' package). With rounding=fp32 and moments=fp32 the layer in
 turn has its exact float32 master, as in the authors' package.
 
-`period` is the paper's K: one round takes K L steps, so that a run wants K well below its steps / L. A layer is found
-by its name (`_sampler.py`). The optimizer owns `requires_grad` of all parameters.
+`period` is the paper's K: one round takes K L steps. The authors suggest the steps of an epoch over L, between 50 and
+100; a run that is shorter than a round leaves some layers as they were. A layer is found by its name (`_sampler.py`).
+The optimizer owns `requires_grad` of all parameters.
 Paper: https://arxiv.org/abs/2404.02827
 """
 

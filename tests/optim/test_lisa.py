@@ -245,7 +245,7 @@ def test_a_gradient_that_a_user_gives_a_frozen_layer_moves_nothing():
     assert len(moved) == 3 and None in moved
 
 
-DEEP = TOY | {"vocab_size": 512, "num_hidden_layers": 6}
+DEEP = TOY | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6}
 
 
 def turns(optimizer, number=0):
@@ -255,9 +255,8 @@ def turns(optimizer, number=0):
 
 
 CASES = [
-    ("lisa:gamma=2", {}),
-    ("lisa:gamma=2", {"activations": "full", "dtype": "fp32"}),
-    ("lisa:gamma=2", {"adapter": "lora:rank=64"}),
+    ("lisa:gamma=2", {"dtype": "fp32"}),
+    ("lisa:gamma=2", {"adapter": "lora:rank=64", "activations": "full"}),
     ("owlore:gamma=2,rank=16,mode=uniform", {"micro_batch": 1}),
 ]
 
@@ -268,28 +267,23 @@ def test_the_rehearsed_peak_is_that_of_the_heaviest_turn():
     jobs = []
     for optimizer, changes in CASES:
         job, seeds = base.replace(optimizer=optimizer, **changes), turns(optimizer)
-        jobs += [job.replace(seed=seeds[layers]) for layers in ((4, 5), (0, 5), (0, 1))]
+        jobs += [job.replace(seed=seeds[layers]) for layers in ((4, 5), (0, 5))]
     peaks = [found["train"] for found in real_peaks([(DEEP, job, ()) for job in jobs])]
-    for number, job in enumerate(jobs[::3]):
-        found = peaks[3 * number : 3 * number + 3]
+    for number, job in enumerate(jobs[::2]):
+        found = peaks[2 * number : 2 * number + 2]
         rehearsed = next(p for p in rehearse(job, ModelConfig.from_hf(DEEP)).phases if p.name == "train").peak_bytes
         assert rehearsed == pytest.approx(max(found), rel=REHEARSED), (job, found)
 
 
-def test_a_rehearsed_step_works_on_as_many_layers_as_train():
-    """The optimizer's and the weights' gradients' share of it: the same at any depth."""
-    flops = {}
-    for layers in (6, 24):
-        for optimizer in ("lisa:gamma=2", "adamw"):
-            config = ModelConfig.from_hf(DEEP | {"num_hidden_layers": layers})
-            fields = {"model": "toy", "data": "demo", "adapter": "none", "context": 64, "batch": 2}
-            work = rehearse(TuneJob(**fields, optimizer=optimizer), config).work
-            steps = sum(count for item, count in work.items() if item.kind.startswith("adam_"))
-            flops[layers, optimizer] = steps, sum(item.flops * count for item, count in work.items())
-    assert flops[6, "lisa:gamma=2"][0] == flops[24, "lisa:gamma=2"][0] < flops[6, "adamw"][0]
-    (_, six), (_, all_six) = flops[6, "lisa:gamma=2"], flops[6, "adamw"]
-    (_, deep), (_, all_deep) = flops[24, "lisa:gamma=2"], flops[24, "adamw"]
-    assert all_deep - deep == pytest.approx((24 - 2) / (6 - 2) * (all_six - six), rel=1e-3)
+def test_a_rehearsed_update_works_on_as_many_layers_as_train():
+    """At any depth; under AdamW it works on all of them."""
+    updates = {}
+    for layers, optimizer in ((5, "lisa:gamma=2"), (12, "lisa:gamma=2"), (5, "adamw")):
+        config = ModelConfig.from_hf(DEEP | {"num_hidden_layers": layers})
+        job = TuneJob(model="toy", data="demo", adapter="none", context=16, batch=1, optimizer=optimizer)
+        work = rehearse(job, config).work
+        updates[layers, optimizer] = sum(count for item, count in work.items() if item.kind.startswith("adam_"))
+    assert updates[5, "lisa:gamma=2"] == updates[12, "lisa:gamma=2"] < updates[5, "adamw"]
 
 
 @pytest.mark.parametrize("knobs", [{"gamma": 0}, {"period": 0}, {"moments": "4bit"}])
