@@ -44,12 +44,12 @@ class Job:
     """What all optimizers are tried on; `factors` are tried on each one's usual learning rate."""
 
     name: str
-    rates: dict[str, float]  # usual learning rates by optimizer, AdamW's for those that are not named
+    base: float  # AdamW's learning rate
     settings: dict[str, str]  # optimizers with knobs that suit this model
 
     def rate(self, optimizer: str) -> float:
-        """The learning rate around which an optimizer is tried."""
-        return self.rates.get(optimizer, self.rates[BASE])
+        """The learning rate around which an optimizer is tried: as far from AdamW's as its usual one."""
+        return book.make("optimizer", self.spelled(optimizer)).usual_lr(self.base, adapted=False)
 
     def spelled(self, optimizer: str) -> str:
         """The optimizer with its knobs."""
@@ -59,12 +59,12 @@ class Job:
 JOBS = (
     Job(
         "tuning SmolLM2-135M",
-        {"adamw": 1e-4, "galore": 4e-4, "gradnormlorp": 4e-4},
+        1e-4,
         {name: f"{name}:rank=144" for name in RANKED} | EVERY_LAYER,
     ),
     Job(
         "10M from scratch",
-        {"adamw": 2e-3, "galore": 8e-3, "gradnormlorp": 8e-3},
+        2e-3,
         {name: f"{name}:rank=96" for name in RANKED} | EVERY_LAYER,
     ),
 )

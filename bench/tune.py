@@ -212,8 +212,13 @@ def ours(settings: dict[str, Any]) -> Side:
 
 def choices() -> dict[tuple[str, str], Side]:
     """What the planner may choose, by slot and method: the plain job of the slot with that method at its defaults."""
-    found = (entry for entry in book.entries() if entry.slot in PLAIN and entry.name != DEFAULTS[entry.slot])
-    return {(entry.slot, entry.name): ours(PLAIN[entry.slot] | {entry.slot: entry.name}) for entry in found}
+    found = (e for e in book.entries() if e.slot in PLAIN and e.name != DEFAULTS[e.slot] and e.card.fidelity != "study")
+    return {(entry.slot, entry.name): ours(PLAIN[entry.slot] | usual(entry.slot, entry.name)) for entry in found}
+
+
+def usual(slot: str, name: str) -> dict[str, Any]:
+    """The method, an optimizer with its usual learning rate."""
+    return {slot: name} | ({"lr": 0.0} if slot == "optimizer" else {})
 
 
 def quality(bench: Bench, steps: int) -> list[dict[str, Any]]:

@@ -71,8 +71,11 @@ def spelled(entry):
 
 
 def job_of(entry):
-    """The plain job with this method in its slot; a format needs an adapter over it."""
+    """The plain job with this method in its slot, at its own scale of learning rates; a format needs an adapter."""
     changes = {"adapter": "lora:rank=4"} if entry.slot == "format" else {}
+    if entry.slot == "optimizer":
+        adamw = PLAIN.replace(lr=0.0).peak_lr
+        changes = {"lr": PLAIN.lr * book.make("optimizer", spelled(entry)).usual_lr(adamw, adapted=False) / adamw}
     return PLAIN.replace(**changes, **{entry.slot: spelled(entry)})
 
 

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from satchel.model.tangent import apply
+
 # N tokens, I inputs, O outputs, R rank
 
 
 def project(x_NI: Tensor, down_RI: Tensor) -> tuple[Tensor, Tensor]:
     """(x, x @ down.T): x to be given to the base map, and nothing else; the second is [N, R]."""
-    return _Project.apply(x_NI, down_RI)
+    return apply(_Project, x_NI, down_RI)
 
 
 def expand(y_NO: Tensor, h_NR: Tensor, up_OR: Tensor, scale: float) -> Tensor:
     """y + scale * h @ up.T, written into y, which must be fresh from an operator that does not need its output."""
-    return _Expand.apply(y_NO, h_NR, up_OR, scale)
+    return apply(_Expand, y_NO, h_NR, up_OR, scale)
 
 
 class _Project(torch.autograd.Function):

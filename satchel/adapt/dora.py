@@ -20,6 +20,7 @@ from satchel.adapt.lora import Lora, LowRank
 from satchel.core.seams import Card
 from satchel.model.adapters import Adapted
 from satchel.model.linear import dense_OI
+from satchel.model.tangent import apply
 
 # N tokens, I inputs, O outputs, R rank
 
@@ -39,7 +40,7 @@ class Decomposed(LowRank):
         """The adapted map's output, [N, O]."""
         y_NO, h_NR = self.branches(x_NI, base)
         gain_O = self.m_O / self.norm(base).to(self.m_O.dtype)
-        return _Scale.apply(y_NO, h_NR, self.B_OR, self.scale, gain_O, getattr(base, "bias", None))
+        return apply(_Scale, y_NO, h_NR, self.B_OR, self.scale, gain_O, getattr(base, "bias", None))
 
     @torch.no_grad()
     def norm(self, base: nn.Module) -> Tensor:

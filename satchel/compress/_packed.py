@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from satchel.core.errors import ModelError
+from satchel.model.tangent import apply
 
 # O outputs, I inputs, G groups of a row
 
@@ -44,7 +45,7 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O] in x's dtype."""
-        return _Multiply.apply(x, self.bias, self)
+        return apply(_Multiply, x, self.bias, self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

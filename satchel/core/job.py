@@ -50,7 +50,7 @@ class Job:
     surgery: str = "none"  # what is done to the weights before they train, such as spdf:sparsity=0.75
     objective: str = "causal_lm"  # what the run minimises
     checkpoint: str = "blocking"  # how a checkpoint reaches the disk; datastates: while the next step computes
-    lr: float = 0.0  # peak learning rate; 0: 1e-3 with an adapter, 1e-4 without
+    lr: float = 0.0  # peak learning rate; 0: the optimizer's usual, of most 1e-3 with an adapter, 1e-4 without
     context: int = 1024  # longest sequence, tokens
     batch: int = 8  # rows of `context` tokens that an optimizer step sees
     micro_batch: int = 0  # rows at once; 0: the largest that fits

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,34 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
-
-__all__ = [
-    "Activations",
-    "Adapter",
-    "Admission",
-    "Card",
-    "Checkpoint",
-    "Closure",
-    "Decoding",
-    "Documents",
-    "Domain",
-    "Draft",
-    "Method",
-    "Mixture",
-    "Objective",
-    "OptimizerMethod",
-    "Proposer",
-    "Run",
-    "Saver",
-    "Schedule",
-    "Selector",
-    "Speaker",
-    "Surgery",
-    "Ticket",
-    "WeightFormat",
-    "Write",
-]
-
 
 Run = Callable[..., "Tensor"]  # a block of a decoder, or what runs in its place: called with x_BTD first
 
@@ -149,6 +121,14 @@ class OptimizerMethod(Method):
     """Turns named parameters into a torch optimizer. Learning rate is set on its groups by the trainer, every step."""
 
     slot = "optimizer"
+
+    def usual_lr(self, adamw: float, adapted: bool) -> float:
+        """The peak learning rate of a job that names none, on adapters or on all weights, where AdamW's is `adamw`."""
+        return adamw
+
+    def layer_kind(self, layer: int, layers: int) -> Hashable:
+        """What sets a layer apart from others in a step: a rehearsal shows one of each kind. As a rule, nothing."""
+        return None
 
     @abstractmethod
     def build(

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from satchel.model.functional import wide
+from satchel.model.tangent import apply, tangents_flow
 
 # B batch, T queries, S keys (S - T of them before the first query), H query heads, K key heads, G = H / K, E head dim
 # Q queries of a block, M = G * Q
@@ -36,9 +37,9 @@ def attend(
     if cap is None and queries == 1:  # the newest token sees all of what is left
         seen = slice(-min(window or keys, keys), None)
         return _fused(q_BTHE, k_BSKE[:, seen], v_BSKE[:, seen], scale, causal=False)
-    if cap is None and queries == keys and (window is None or window >= keys):
+    if cap is None and queries == keys and (window is None or window >= keys) and not tangents_flow():
         return _causal(q_BTHE, k_BSKE, v_BSKE, (queries,), scale)
-    return _Blockwise.apply(q_BTHE, k_BSKE, v_BSKE, scale, window or keys, cap)
+    return apply(_Blockwise, q_BTHE, k_BSKE, v_BSKE, scale, window or keys, cap)
 
 
 def attend_documents(
@@ -52,7 +53,7 @@ def attend_documents(
     cap: float | None = None,
 ) -> Tensor:
     """As `attend`, each document of a row by itself; `lengths` sum to N."""
-    if cap is None and (window is None or window >= max(lengths)):
+    if cap is None and (window is None or window >= max(lengths)) and not tangents_flow():
         return _causal(q_1NHE, k_1NKE, v_1NKE, lengths, scale)
     documents = zip(*(t.split(lengths, dim=1) for t in (q_1NHE, k_1NKE, v_1NKE)), strict=True)
     return torch.cat([attend(q, k, v, scale=scale, window=window, cap=cap) for q, k, v in documents], dim=1)

@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from satchel.model.tangent import tangents_flow
+
 # N tokens, D width, V vocabulary, C tokens of a chunk, S vocabulary entries of a slice; M either
 
 IGNORED = -100  # target without loss
@@ -69,6 +71,15 @@ class _Head(NamedTuple):
             logit_CV.div_(self.cap).tanh_().mul_(self.cap)
         return logit_CV, low_CV
 
+    def plain_logits(self, x_CD: Tensor) -> Tensor:
+        """The logits in memory of their own, by operators that know tangents."""
+        logit_CV = (x_CD @ self.weight_VD.T).to(torch.promote_types(x_CD.dtype, torch.float32))
+        if self.scale != 1:
+            logit_CV = logit_CV * self.scale
+        if self.bias_V is not None:
+            logit_CV = logit_CV + self.bias_V
+        return logit_CV if self.cap is None else (logit_CV / self.cap).tanh() * self.cap
+
     def slope(self, logit_CV: Tensor) -> Tensor | None:
         """Derivative of the soft cap, given what it made."""
         return None if self.cap is None else (logit_CV / self.cap).square_().neg_().add_(1)
@@ -94,6 +105,8 @@ def chunked_cross_entropy(
     kept_M, spare = _kept(targets_N)
     if kept_M is not None:
         x_ND, targets_N = x_ND[kept_M], targets_N[kept_M]
+    if tangents_flow():
+        return _by_operators(x_ND, _Head(weight_VD, bias, scale, softcap), targets_N, chunk, spare)
     return _CrossEntropy.apply(x_ND, weight_VD, bias, targets_N, chunk, scale, softcap, spare, torch.is_grad_enabled())
 
 
@@ -149,6 +162,22 @@ class _CrossEntropy(Function):
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
         scaled = (t if t is None else t * grad if again else t.mul_(grad) for t in ctx.saved_tensors)
         return *scaled, None, None, None, None, None, None
+
+
+def _by_operators(x_ND: Tensor, head: _Head, targets_N: Tensor, chunk: int, spare: int) -> Tensor:
+    """The summed loss of all but the spare rows, in forward mode."""
+    if spare:
+        x_ND, targets_N = x_ND[:-spare], targets_N[:-spare]
+    pieces = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.stack([_one_piece(head.plain_logits(x_CD), targets_C) for x_CD, targets_C in pieces]).sum()
+
+
+def _one_piece(logit_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The summed loss of some tokens, whose logits are used up."""
+    picked_C = logit_CV.gather(1, targets_C.clamp_min(0)[:, None])[:, 0]
+    top_C1 = logit_CV.detach().amax(1, keepdim=True)
+    loss_C = logit_CV.sub_(top_C1).exp_().sum(1).log() + top_C1[:, 0] - picked_C
+    return torch.where(targets_C == IGNORED, 0, loss_C).sum()
 
 
 def _by_tokens(x_ND: Tensor, head: _Head, targets_N: Tensor, chunk: int, dx_ND: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from satchel.model.cross_entropy import chunked_cross_entropy
+from satchel.model.tangent import apply, tangents_flow
 
 # B batch, T tokens, D width, H heads, E head dim, R half of the rotated dimensions
 
@@ -70,7 +71,7 @@ def rms_norm(
     `late_cast` multiplies by the weight before rounding to x's type rather than after; `plus_one` (which implies it)
     stores the weight less one, as Gemma does.
     """
-    return _RMSNorm.apply(x, weight_D, eps, plus_one, late_cast or plus_one)
+    return apply(_RMSNorm, x, weight_D, eps, plus_one, late_cast or plus_one)
 
 
 # Each activation, and the operator that turns the gradient of its result into that of its argument, in place.
@@ -102,17 +103,17 @@ class _Gated(Function):
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) * up, for `act` one of ACTS."""
-    return _Gated.apply(gate, up, act)
+    return apply(_Gated, gate, up, act)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _Gated.apply(gate, up, "silu")
+    return gated(gate, up, "silu")
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh approximation of gelu."""
-    return _Gated.apply(gate, up, "gelu_tanh")
+    return gated(gate, up, "gelu_tanh")
 
 
 def activate(x: Tensor, act: str) -> Tensor:
@@ -124,8 +125,11 @@ def _turn(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:
     """Rotates the pairs (r, r + R/2) of each head by the tables' angles times `sign`."""
     half = cos_TR.shape[-1]
     cos, sin = cos_TR[:, None], sin_TR[:, None]
+    x1, x2, rest = x_BTHE.tensor_split((half, 2 * half), -1)
+    if tangents_flow():
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
     y_BTHE = torch.empty_like(x_BTHE)
-    (x1, x2, rest), (y1, y2, y_rest) = (t.tensor_split((half, 2 * half), -1) for t in (x_BTHE, y_BTHE))
+    y1, y2, y_rest = y_BTHE.tensor_split((half, 2 * half), -1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
     y_rest.copy_(rest)
@@ -146,4 +150,4 @@ class _Rotate(Function):
 
 def rotate(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Applies rotary positions to the first 2R dimensions of each head; tables are [T, R], in x's type."""
-    return _Rotate.apply(x_BTHE, cos_TR, sin_TR)
+    return apply(_Rotate, x_BTHE, cos_TR, sin_TR)

@@ -1,7 +1,7 @@
-// Adam's step, and the landing of a step in a narrow parameter, in one pass over memory.
+// Adam's step, the landing of a step in a narrow parameter, and moves along random directions, in one pass over memory.
 //
 // An array's kind says how it is kept; a block of 256 elements is widened into the first-level cache, stepped in
-// float32, and written back. Every operation is the one that the torch path in optim/_shared.py does, in its order:
+// float32, and written back. Every operation is the one that the torch paths in optim/ do, in their order:
 // moments agree bit for bit, parameters but for the last bit of MKL's square root. The noise of stochastic rounding is
 // a hash of (seed, index of the element), so that it does not matter which thread takes which block.
 
@@ -158,6 +158,78 @@ struct alignas(64) Buffer {
   uint32_t noise[kBlock];
 };
 
+// A random direction of zeroth-order descent: a number for each element, none of them kept. See optim/_directions.py.
+struct Direction {
+  uint64_t seed, mask_seed;
+  int32_t masked;  // of 2^31: the share of elements that are zero
+  float radius;    // how far along it the parameter is moved to measure; 0: not at all
+};
+
+// Sums of the four bytes of a hash, standardised: nearly normal.
+void draw(const Direction& d, int64_t at, int n, float* __restrict z) {
+  uint32_t bits[kBlock];
+  noise_of(d.seed, at, n, bits);
+  for (int i = 0; i < n; ++i) {
+    const uint32_t pairs = (bits[i] & 0xFF00FF) + ((bits[i] >> 8) & 0xFF00FF);
+    z[i] = static_cast<float>(static_cast<int32_t>((pairs & 0xFFFF) + (pairs >> 16)) - 510) * 0.006765875086793227f;
+  }
+  if (d.masked == 0) return;
+  noise_of(d.mask_seed, at, n, bits);
+  for (int i = 0; i < n; ++i) z[i] = static_cast<int32_t>(bits[i] & 0x7FFFFFFF) < d.masked ? 0.0f : z[i];
+}
+
+// How far each bfloat16 hops to either side, in units in its last place: to its partner there, or nowhere.
+void hops(const uint16_t* __restrict half, const float* __restrict z, float radius, int n, int32_t* __restrict up,
+          int32_t* __restrict down) {
+  for (int i = 0; i < n; ++i) {
+    const int32_t exponent = (half[i] >> 7) & 0xFF, place = half[i] & 0x7F;
+    const bool ordinary = exponent >= 8 && exponent < 255;
+    const float units = as_float(static_cast<uint32_t>(261 - (ordinary ? exponent : 8)) << 23);
+    const float wide = std::fabs(z[i]) * radius * units;
+    int32_t step = static_cast<int32_t>((wide < 100.0f ? wide : 100.0f) + 0.5f);
+    step = ordinary && step <= 64 ? step : 0;
+    const bool odd = static_cast<int32_t>(static_cast<float>(place) / static_cast<float>(step > 1 ? step : 1)) & 1;
+    const int32_t outward = place + step < 128 ? step : 0, inward = place >= step ? -step : 0;
+    const int32_t first = odd ? inward : outward, second = odd ? outward : inward;
+    up[i] = z[i] < 0 ? second : first;
+    down[i] = z[i] < 0 ? first : second;
+  }
+}
+
+void hop(uint16_t* __restrict half, const float* z, float radius, int side, int n) {
+  int32_t up[kBlock], down[kBlock];
+  hops(half, z, radius, n, up, down);
+  for (int i = 0; i < n; ++i) half[i] = static_cast<uint16_t>(half[i] + (side > 0 ? up[i] : down[i]));
+}
+
+// Replaces z by the half of what lies between the two partners, in radii.
+void between(const uint16_t* __restrict half, float* __restrict z, float radius, int n) {
+  int32_t up[kBlock], down[kBlock];
+  hops(half, z, radius, n, up, down);
+  const float per_radius = 0.5f / radius;
+  for (int i = 0; i < n; ++i) {
+    const int32_t exponent = (half[i] >> 7) & 0xFF, apart = up[i] - down[i];
+    const float unit = as_float(static_cast<uint32_t>((apart != 0 ? exponent : 8) - 7) << 23);
+    const float size = static_cast<float>(apart) * unit * per_radius;
+    z[i] = half[i] >> 15 ? -size : size;
+  }
+}
+
+bool hopping(const Array& x) { return x.kind == kNearest || x.kind == kStochastic; }
+
+// The sum of sizes[k] times direction k, as far as x moves along it.
+void sum_of(const Array& x, const Direction* directions, const float* sizes, int count, int64_t at, int n,
+            float* __restrict sum) {
+  float z[kBlock];
+  std::fill(sum, sum + n, 0.0f);
+  for (int k = 0; k < count; ++k) {
+    draw(directions[k], at, n, z);
+    if (hopping(x) && directions[k].radius > 0)
+      between(static_cast<const uint16_t*>(x.data) + at, z, directions[k].radius, n);
+    for (int i = 0; i < n; ++i) sum[i] = sum[i] + z[i] * sizes[k];
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -187,6 +259,50 @@ void satchel_move(const Array* x, const Array* step, float keep, int64_t count, 
     for (int i = 0; i < n; ++i) b.x[i] = b.x[i] * keep + b.g[i];
     if (x->kind == kStochastic) noise_of(seed, at, n, b.noise);
     write(*x, at, b.x, n, b.noise, 0);
+  });
+}
+
+void satchel_perturb(const Array* x, const Direction* direction, int back, int forth, int64_t count, int threads) {
+  const float distance = direction->radius * static_cast<float>(forth - back);
+  each_block(count, threads, [=](int64_t at, int n) {
+    Buffer b;
+    draw(*direction, at, n, b.g);
+    if (hopping(*x)) {
+      auto* half = static_cast<uint16_t*>(x->data) + at;
+      if (back != 0) hop(half, b.g, direction->radius, back, n);
+      if (forth != 0) hop(half, b.g, direction->radius, forth, n);
+      return;
+    }
+    read(*x, at, n, b.x);
+    for (int i = 0; i < n; ++i) b.x[i] = b.x[i] + b.g[i] * distance;
+    write(*x, at, b.x, n, b.noise, 0);
+  });
+}
+
+// m = beta m + g;  x = keep x - lr m, where g is the sum of the directions; without m, x = keep x - lr g.
+void satchel_descend(const Array* x, const Array* m, const Direction* directions, const float* sizes, int directed,
+                     float beta, float lr, float keep, int64_t count, uint64_t seed, int threads) {
+  each_block(count, threads, [=](int64_t at, int n) {
+    Buffer b;
+    sum_of(*x, directions, sizes, directed, at, n, b.g);
+    if (m != nullptr) {
+      read(*m, at, n, b.m);
+      for (int i = 0; i < n; ++i) b.g[i] = b.m[i] * beta + b.g[i];
+      write(*m, at, b.g, n, b.noise, 0);
+    }
+    read(*x, at, n, b.x);
+    for (int i = 0; i < n; ++i) b.x[i] = b.x[i] * keep + b.g[i] * -lr;
+    if (x->kind == kStochastic) noise_of(seed, at, n, b.noise);
+    write(*x, at, b.x, n, b.noise, 0);
+  });
+}
+
+void satchel_estimate(const Array* x, const Array* out, const Direction* directions, const float* sizes, int directed,
+                      int64_t count, int threads) {
+  each_block(count, threads, [=](int64_t at, int n) {
+    Buffer b;
+    sum_of(*x, directions, sizes, directed, at, n, b.g);
+    write(*out, at, b.g, n, b.noise, 0);
   });
 }
 }

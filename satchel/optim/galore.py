@@ -53,6 +53,10 @@ class GaLore(LowRank):
         self.require(self.scale > 0, f"scale={self.scale} is not above 0; 0.25 is usual")
         self.require(self.subspace in ("random", "exact"), f"no subspace '{self.subspace}'; there is random, exact")
 
+    def usual_lr(self, adamw: float, adapted: bool) -> float:
+        """AdamW's once `scale` is applied; with the authors' scale that is four times AdamW's, as they have it."""
+        return adamw / self.scale
+
     def stepper(self) -> type[GaLoreStepper]:
         """The torch optimizer of this method."""
         return LayerwiseStepper if self.layerwise else GaLoreStepper

@@ -61,6 +61,10 @@ class Lion(Landing):
         known = ("follow", *STORES)
         self.require(self.moments in known, f"no moments '{self.moments}'; there is {', '.join(known)}")
 
+    def usual_lr(self, adamw: float, adapted: bool) -> float:
+        """A fifth of AdamW's where `scale` does not see to that."""
+        return 0.2 / self.scale * adamw
+
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> LionStepper:
         """A torch optimizer over the parameters; see `LionStepper`."""
         knobs = {name: value for name, value in self.knobs().items() if name != "weight_decay"}

@@ -54,6 +54,10 @@ class Muon(Projected):
         self.require(0 <= self.momentum < 1, f"momentum={self.momentum} is outside [0, 1); 0.95 is usual")
         self.require(self.scaled in ("adamw", "original"), f"no scaled '{self.scaled}'; there is adamw, original")
 
+    def usual_lr(self, adamw: float, adapted: bool) -> float:
+        """AdamW's, or that of the unscaled method."""
+        return adamw if self.scaled == "adamw" else 0.02
+
     def stepper(self) -> type[MuonStepper]:
         """The torch optimizer of this method."""
         return MuonStepper

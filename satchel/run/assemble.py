@@ -63,7 +63,9 @@ def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None)
     decoder.wrap_blocks(make("activations", job.activations), Path(job.out))
     decoder.train()
     parameters = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-    optimizer = make("optimizer", job.optimizer).build(parameters, job.peak_lr, job.seed)
+    method = make("optimizer", job.optimizer)
+    lr = job.lr or method.usual_lr(job.peak_lr, adapted=adapter is not None)
+    optimizer = method.build(parameters, lr, job.seed)
     saver = make("checkpoint", job.checkpoint).start(parameters[0][1].device)
     optimizer.register_step_pre_hook(lambda *_: saver.settle())
     return Assembly(
@@ -73,7 +75,7 @@ def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None)
         schedule=make("schedule", job.schedule),
         saver=saver,
         parameters=parameters,
-        lr=job.peak_lr,
+        lr=lr,
         clip=job.clip,
         adapter=adapter,
         rng=rng,

@@ -102,7 +102,7 @@ def _rehearse(
         for _ in range(2):  # the first step makes the optimizer's state, the second lives with it
             tracker.mark("train", "update")
             begin = len(tracker.segments) - 1
-            take_step(StepLoss(assembly, lambda: batches, partial(_marked, tracker)), assembly.lr)
+            take_step(StepLoss(assembly, lambda: batches, partial(_marked, assembly, tracker)), assembly.lr)
             _label_state(assembly, tracker)
         step = tracker.segments[begin:]
         tracker.mark("evaluate", "step")
@@ -151,7 +151,10 @@ def _kinds(job: Job, config: ModelConfig, trained: frozenset[int]) -> list[tuple
     block = Block(config, 0, dtype=DTYPES[job.dtype], device="meta")
     runs = [wrap(block, index) for index in range(config.layers)]
     kinds = (getattr(run, "__code__", type(run)) for run in runs)
-    return list(zip(config.layer_kinds, kinds, (index in trained for index in range(config.layers)), strict=True))
+    method = make("optimizer", job.optimizer)
+    treated = (method.layer_kind(index, config.layers) for index in range(config.layers))
+    turns = (index in trained for index in range(config.layers))
+    return list(zip(config.layer_kinds, kinds, treated, turns, strict=True))
 
 
 def _stage(
@@ -193,8 +196,9 @@ def staged(
     return decoder
 
 
-def _marked(tracker: Tracker, compute: Callable[[], Metrics]) -> Metrics:
+def _marked(assembly: Assembly, tracker: Tracker, compute: Callable[[], Metrics]) -> Metrics:
     """The computation of a step's loss as segments of its own; around it the optimizer works."""
+    _label_state(assembly, tracker)  # what the optimizer holds during the computation only
     tracker.mark("train", "step")
     metrics = compute()
     tracker.mark("train", "update")

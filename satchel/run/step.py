@@ -127,5 +127,5 @@ def mean_loss(assembly: Assembly, micro_batches: Iterable[Batch]) -> float:
 
 def _add(sums: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
     for name, value in parts.items():
-        value = value.detach().float()
+        value = (value.detach() if value.requires_grad else value).float()  # detach drops tangents as well
         sums[name] = sums[name] + value if name in sums else value

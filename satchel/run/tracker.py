@@ -85,7 +85,7 @@ class Tracker(TorchDispatchMode):
         every = (t for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor) and t.device.type != "meta")
         tensors = {id(t): t for t in every}
         for tensor in tensors.values():
-            self._see(tensor)
+            self._see(tensor, nothing=func is aten._efficientzerotensor.default)
         if not func.is_view and func.namespace != "prim":
             self.segments[-1].work[work_of(func, args, kwargs, out, list(tensors.values()))] += 1
         if scratch := _scratch(func, args):
@@ -95,12 +95,13 @@ class Tracker(TorchDispatchMode):
             self._sum = self._see(out), out.untyped_storage().nbytes()
         return out
 
-    def _see(self, tensor: Tensor) -> int:
+    def _see(self, tensor: Tensor, nothing: bool = False) -> int:
+        """The number of a tensor's storage, which takes no bytes if it is the zero tangent of what has none."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._live:
             self._count += 1
-            number, size = self._count, storage.nbytes()
+            number, size = self._count, 0 if nothing else storage.nbytes()
             self._live[key] = number, weakref.ref(storage, lambda _: self._gone(key, number, size))
             self.segments[-1].events.append((number, size))
         return self._live[key][0]

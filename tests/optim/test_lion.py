@@ -92,6 +92,11 @@ def test_temporaries_are_a_few_slices():
     common.check_temporaries_are_bounded(Lion(), 12 << 19)
 
 
+def test_the_usual_step_is_a_fifth_of_adamws_whatever_the_scale():
+    for scale in (0.2, 1.0):
+        assert Lion(scale=scale).usual_lr(1e-4, adapted=False) * scale == pytest.approx(2e-5)
+
+
 @pytest.mark.parametrize("knobs", [{"beta1": 1.0}, {"beta2": -0.1}, {"scale": 0.0}, {"moments": "4bit"}])
 def test_knobs_out_of_range_are_refused(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):

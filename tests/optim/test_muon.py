@@ -86,6 +86,11 @@ def test_a_model_without_blocks_is_refused():
         Muon().build([("w", nn.Parameter(torch.ones(8, 8)))], 1e-3, 0)
 
 
+def test_the_usual_learning_rate_is_adamws_unless_unscaled():
+    assert Muon().usual_lr(1e-4, adapted=False) == 1e-4
+    assert Muon(scaled="original").usual_lr(1e-4, adapted=False) == 0.02
+
+
 @pytest.mark.parametrize("knobs", [{"momentum": 1.0}, {"scaled": "none"}, {"moments": "4bit"}])
 def test_knobs_out_of_range_are_refused(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):

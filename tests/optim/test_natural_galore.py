@@ -117,6 +117,10 @@ def test_temporaries_are_bounded():
     common.check_temporaries_are_bounded(NaturalGaLore(rank=16), 16 << 19)
 
 
+def test_the_usual_learning_rate_is_galores():
+    assert NaturalGaLore(**SMALL).usual_lr(1e-4, adapted=False) == 4e-4
+
+
 @pytest.mark.parametrize("knobs", [{"history": -1}, {"damping": 0.0}, {"rank": 0}])
 def test_knobs_out_of_range_are_refused(knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):

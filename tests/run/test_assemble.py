@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from satchel.core.book import make
 from satchel.core.errors import UserError
-from satchel.core.job import LR_ADAPTER, LR_FULL
 from satchel.run.assemble import assemble
 from tests.run.toys import toy_decoder, toy_job
 
@@ -12,7 +12,7 @@ from tests.run.toys import toy_decoder, toy_job
 def test_without_an_adapter_every_weight_trains_at_the_lower_rate(tmp_path):
     decoder = toy_decoder()
     assembly = assemble(toy_job(tmp_path, adapter="none", lr=0.0), decoder)
-    assert assembly.lr == LR_FULL and assembly.adapter is None
+    assert assembly.lr == 1e-4 and assembly.adapter is None
     assert [id(p) for _, p in assembly.parameters] == [id(p) for p in decoder.parameters()]
 
 
@@ -21,11 +21,20 @@ def test_with_an_adapter_only_it_trains_and_its_start_follows_the_seed(tmp_path)
         return assemble(toy_job(tmp_path, lr=0.0, seed=seed), toy_decoder())
 
     assembly = start(0)
-    assert assembly.lr == LR_ADAPTER
+    assert assembly.lr == 1e-3
     assert all("adapters" in name for name, _ in assembly.parameters)
     assert sum(p.requires_grad for p in assembly.model.parameters()) == len(assembly.parameters)
     first, same, other = (torch.cat([p.flatten() for _, p in start(seed).parameters]) for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora:rank=4"])
+def test_a_job_without_a_learning_rate_takes_its_optimizers(tmp_path, adapter):
+    job = toy_job(tmp_path, lr=0.0, adapter=adapter, optimizer="mezo")
+    usual = make("optimizer", "mezo").usual_lr(1e-4, adapted=adapter != "none")
+    assembly = assemble(job, toy_decoder())
+    assert assembly.lr == usual == assembly.optimizer.param_groups[0]["lr"]
+    assert assemble(job.replace(lr=0.5), toy_decoder()).lr == 0.5
 
 
 def test_the_activations_policy_reaches_the_blocks_and_changes_no_gradient(tmp_path):

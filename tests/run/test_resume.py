@@ -20,6 +20,13 @@ JOBS = {
         "save_every": 1,
     },
     "projections that are renewed": {"adapter": "none", "optimizer": "galore:rank=4,gap=3", "save_every": 4},
+    "all weights in bf16 without gradients": {
+        "adapter": "none",
+        "dtype": "bf16",
+        "optimizer": "mezo:radius=0.01,update=momentum",
+        "lr": 1e-4,
+        "save_every": 2,
+    },
     "micro-batches, evaluations, no packing": {"micro_batch": 2, "eval_every": 3, "packing": False, "save_every": 3},
     "pre-training on a mixture of sources": {"pretrain": True, "dtype": "bf16", "eval_every": 4, "save_every": 2},
 }
