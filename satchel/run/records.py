@@ -74,6 +74,12 @@ def read_records(source: str, complain: Complain) -> Iterator[tuple[Place, Recor
             complain(f"{path}: the file is empty; remove it or write records into it")
 
 
+def require_source(source: str) -> None:
+    """Raises UserError unless the source is there."""
+    if source != DEMO:
+        find_files(source)
+
+
 def find_files(source: str) -> list[Path]:
     """The data files at `source`, sorted. Raises UserError with the way out when there is none."""
     path = Path(source).expanduser()

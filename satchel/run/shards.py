@@ -20,6 +20,7 @@ import json
 import mmap
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from satchel.run.records import DEMO, find_files, kind_of, read_records
 FORMAT = 1  # of the files; another number tokenizes anew
 AT_ONCE = 1 << 19  # characters that are tokenized together
 WINDOW = 1 << 22  # bytes of a shard that stay mapped
+TELL_S = 30  # seconds between two words on how far tokenizing has come
 MANY = 1000  # problems after which the rest is not read
 META = "meta.json"
 
@@ -113,7 +115,7 @@ def shard(
     with writing(folder), _alone(folder):
         if not _is_whole(target):
             note(f"tokenizing {source} into {target}")
-            _write(target, source, tokenizer)
+            _write(target, source, tokenizer, note)
     return _read(target, key)
 
 
@@ -149,14 +151,18 @@ def _is_whole(target: Path) -> bool:
     return all((target / name).exists() and (target / name).stat().st_size == n for name, n in meta["files"].items())
 
 
-def _write(target: Path, source: str, tokenizer: BatchTokenizer) -> None:
+def _write(target: Path, source: str, tokenizer: BatchTokenizer, note: Callable[[str], None]) -> None:
     draft = target.with_name(f".{target.name}.part")
     draft.mkdir()
     try:
         dtype = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.int32)
         with _Writing(draft, dtype) as files:
+            told = time.monotonic()
             for documents in tokenized(source, tokenizer):
                 files.add(documents)
+                if time.monotonic() - told >= TELL_S:
+                    told = time.monotonic()
+                    note(f"{source}: {files.end:,} tokens so far")
         sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
         meta = {"format": FORMAT, "source": source, "dtype": dtype.name, "files": sizes}
         write_text(draft / META, json.dumps(meta, indent=1) + "\n")

@@ -16,7 +16,7 @@ from satchel.core.report import SILENT, Report
 from satchel.run.data import Dataset, split
 from satchel.run.mixture import Mixed
 from satchel.run.packing import Rows, fill
-from satchel.run.records import SUFFIXES
+from satchel.run.records import SUFFIXES, require_source
 from satchel.run.shards import BatchTokenizer, Shard, shard
 
 FOLDER = ".tokens"  # beside the output, so that several runs share it
@@ -31,6 +31,8 @@ def read_sources(job: PretrainJob, tokenizer: BatchTokenizer, report: Report = S
     folder = Path(job.out).absolute().parent / FOLDER
     paths = [path for path, _ in job.sources]
     names = names_of([*paths, *job.eval_data])
+    for path in (*paths, *job.eval_data):  # before the first of them is tokenized, which may take long
+        require_source(path)
     shards = [shard(path, tokenizer, folder, report.note) for path in (*paths, *job.eval_data)]
     sources = dict(zip(names, shards[: len(paths)], strict=False))
     watched = dict(zip(names[len(paths) :], shards[len(paths) :], strict=True))

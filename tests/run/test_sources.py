@@ -92,6 +92,12 @@ def test_a_source_without_anything_to_train_on_is_refused(tmp_path):
         read_sources(toy_pretraining(tmp_path, data=(str(tmp_path / "lone.jsonl"),)), tokenizer)
 
 
+def test_a_source_that_is_not_there_is_told_before_any_is_tokenized(tmp_path):
+    with pytest.raises(UserError, match="nowhere.jsonl does not exist"):
+        read(tmp_path, eval_data=(str(tmp_path / "nowhere.jsonl"),))
+    assert not (tmp_path / FOLDER).exists()
+
+
 def test_a_source_is_called_by_its_file_or_folder_and_by_its_path_where_two_are_called_the_same():
     paths = ["x/wiki.jsonl", "news/", "v1.2", "a/code.txt", "b/code.txt", "demo"]
     assert names_of(paths) == ["wiki", "news", "v1.2", "a/code.txt", "b/code.txt", "demo"]
