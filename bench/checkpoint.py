@@ -4,7 +4,8 @@ SmolLM2-135M in bf16, 4 rows of 256 tokens a step, all weights by AdamW and a Lo
 trains and the optimizer's moments. Every way to save runs in the trainer's own loop, in a process of its own; the peer
 is torch's, which copies everything before it returns and writes it in the background. What is lost is the time between
 the ends of two steps, less that of steps without a checkpoint in the same process; waiting is the part of it within the
-saver's calls. The slow disk is a limit on os.fsync, which all three call: it returns when such a disk would be done.
+saver's calls. The slow disk is a limit on what this process writes: past the system's cache os.write returns when such
+a disk has the bytes, through the cache os.fsync does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +33,35 @@ def write_pieces(
     """
     handle = _open_uncached(path)
     try:
-        buffer_U = np.frombuffer(mmap.mmap(-1, BUFFER), dtype=np.uint8)
-        held = 0
-        for piece in pieces:
-            see(piece)
-            rest_U = np.frombuffer(piece, dtype=np.uint8)
-            while len(rest_U):
-                count = min(len(rest_U), BUFFER - held)
-                np.copyto(buffer_U[held : held + count], rest_U[:count])
-                rest_U, held = rest_U[count:], held + count
-                if held == BUFFER:
-                    _write(handle, buffer_U)
-                    held = 0
-            del piece, rest_U  # so that they are gone when the next one is made
-        _through_cache(handle)  # the end is no whole block
-        _write(handle, buffer_U[:held])
+        with ThreadPoolExecutor(1) as writer:  # the disk has a block while the next one is seen and filled
+            under_way: Future[None] | None = None
+            for block_U in _blocks(pieces, see):
+                if under_way:
+                    under_way.result()
+                under_way = writer.submit(_write, handle, block_U)
+            if under_way:
+                under_way.result()
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _blocks(pieces: Iterable[bytes | memoryview], see: Callable[[bytes | memoryview], None]) -> Iterator[np.ndarray]:
+    """The pieces' bytes in blocks of BUFFER, the last one shorter; each is valid until the one after the next."""
+    filling, other = (np.frombuffer(mmap.mmap(-1, BUFFER), dtype=np.uint8) for _ in range(2))
+    held = 0
+    for piece in pieces:
+        see(piece)
+        rest_U = np.frombuffer(piece, dtype=np.uint8)
+        while len(rest_U):
+            count = min(len(rest_U), BUFFER - held)
+            np.copyto(filling[held : held + count], rest_U[:count])
+            rest_U, held = rest_U[count:], held + count
+            if held == BUFFER:
+                yield filling
+                filling, other, held = other, filling, 0
+        del piece, rest_U  # so that they are gone when the next one is made
+    yield filling[:held]
 
 
 def _open_uncached(path: Path) -> int:
@@ -64,7 +76,7 @@ def _open_uncached(path: Path) -> int:
 
 
 def _write(handle: int, bytes_U: np.ndarray) -> None:
-    """Write all of the bytes."""
+    """Write all of the bytes; the last ones of a file, no whole block, through the cache."""
     while len(bytes_U):
         try:
             bytes_U = bytes_U[os.write(handle, bytes_U.data) :]

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from bench import _checkpoint_run, checkpoint
 from bench._checkpoint_run import PEER, Dcp, SlowDisk
 from satchel.core import book
+from satchel.model import disk
 from satchel.run.checkpoint import KEPT
 
 
@@ -19,18 +20,19 @@ def test_every_way_of_the_book_is_measured_beside_the_peer():
     assert checkpoint.BASE in checkpoint.ways()
 
 
-def test_a_slow_disk_takes_its_time_for_the_bytes_that_it_is_given(tmp_path):
-    disk = SlowDisk(bytes_per_s=1 << 20)
-    with (tmp_path / "file").open("wb") as file:
-        file.write(bytes(100 << 10))
-        file.flush()
-        began = time.perf_counter()
-        disk(file.fileno())
-    assert time.perf_counter() - began > 0.09
-    folder, free_at = os.open(tmp_path, os.O_RDONLY), disk.free_at
-    disk(folder)
-    os.close(folder)
-    assert disk.free_at == free_at
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_slow_disk_takes_its_time_for_every_byte_once(tmp_path, cached, monkeypatch):
+    slow, size = SlowDisk(bytes_per_s=20 << 20), (4 << 20) + 3
+    monkeypatch.setattr(os, "write", slow.write)
+    monkeypatch.setattr(os, "fsync", slow.fsync)
+    if cached:
+        monkeypatch.setattr(disk, "UNCACHED", 0)
+    take, taken = slow._take, []
+    monkeypatch.setattr(slow, "_take", lambda handle, count, began: (taken.append(count), take(handle, count, began)))
+    began = time.perf_counter()
+    disk.write_pieces(tmp_path / "file", [bytes(size)])
+    disk.sync(tmp_path)
+    assert time.perf_counter() - began >= size / (20 << 20) and sum(taken) == size
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
