@@ -87,6 +87,7 @@ class Request:
     best_of: int = 0  # answers from which the n likeliest are taken; 0: n
     logprobs: int | None = None  # likeliest tokens reported beside each token, [0, 20]; None: no logarithms at all
     prompt_logprobs: bool = False  # report the prompt's tokens too, in the first event
+    embed: bool = False  # no answer, but one event with the mean of the prompt's states before the head
     adapter: str = ""  # name of a registered adapter; empty: the bare model
     priority: int = 0  # higher goes first, where the admission heeds it
     deadline_s: float | None = None  # seconds from submission after which the answer is worthless
@@ -101,10 +102,16 @@ class Request:
             ("best_of", self.best_of == 0 or self.n <= self.best_of <= CHOICES, f"it lies in [{self.n}, {CHOICES}]"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= LIKELIEST, f"it lies in [0, {LIKELIEST}]"),
             ("deadline_s", self.deadline_s is None or self.deadline_s > 0, "it is above 0"),
+            ("embed", not self.embed or self.answers == 1, "a prompt has one embedding; leave n and best_of out"),
             ("stop", all(self.stop), "an empty text would end every answer at once"),
         ):
             if not holds:
                 raise UserError(f"request: {name}={getattr(self, name)!r} is not allowed; {cure}")
+
+    @property
+    def runs_prompt(self) -> bool:
+        """Whether the model has to see every token of the prompt, whatever the pool has of it."""
+        return self.prompt_logprobs or self.embed
 
     @property
     def answers(self) -> int:
@@ -140,6 +147,7 @@ class Event:
     text: str = ""  # theirs, as far as it is certain; without stop tokens and stop texts
     logprobs: tuple[Logprob, ...] = ()  # one for each of `tokens`, if asked for
     prompt_logprobs: tuple[Logprob | None, ...] = ()  # one for each token of the prompt, None for the first
+    embedding: tuple[float, ...] = ()  # if asked for
     finish: str = ""  # the answer ended: stop, length, cancelled, deadline, error
     stopped_by: str | int | None = None  # the stop text or stop token that ended it
     error: str = ""  # what went wrong, with finish='error'

@@ -40,8 +40,17 @@ class Answers:
         first = s.index == 0 and bool(s.prompt_logprobs)
         noted, s.prompt_logprobs = (tuple(s.prompt_logprobs), []) if first else ((), s.prompt_logprobs)
         event = Event(
-            s.id, s.index, tuple(tokens), text, tuple(logprobs), noted, s.finish, s.stopped_by, error
-        )  # fmt: skip
+            s.id,
+            s.index,
+            tuple(tokens),
+            text,
+            tuple(logprobs),
+            noted,
+            s.embedding,
+            s.finish,
+            s.stopped_by,
+            error,
+        )
         request = self.open[s.id]
         if request.request.answers == request.request.n:
             events = [event]

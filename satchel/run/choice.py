@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from satchel.core.request import Logprob
@@ -43,6 +44,21 @@ def rate_prompt(s: Sequence, part: Part, model: Decoder, x_ND: Tensor) -> None:
         some = range(start, min(start + HEAD_ROWS, missing.stop))
         x_RD = x_ND[[part.first + at - 1 - part.past for at in some]]
         s.prompt_logprobs += _rated_rows([s.tokens[at] for at in some], model, x_RD, s.request.logprobs or 0)
+
+
+def add_states(s: Sequence, part: Part, x_ND: Tensor) -> None:
+    """Adds up the states of the prompt's tokens, into the sequence; those that are run a second time do not count."""
+    known = max(s.summed - part.past, 0)
+    new_ND = x_ND[part.first + known : part.first + len(part.tokens)]
+    total_D = new_ND.sum(0, dtype=torch.float32)
+    s.state_D = total_D if s.state_D is None else s.state_D + total_D
+    s.summed += len(new_ND)
+
+
+def mean_state(s: Sequence) -> tuple[float, ...]:
+    """The mean of the states that were added up."""
+    assert s.state_D is not None
+    return tuple((s.state_D / s.summed).tolist())
 
 
 def _rated_rows(tokens: list[int], model: Decoder, x_RD: Tensor, top: int) -> list[Logprob]:

@@ -12,6 +12,7 @@ products, which may differ in the last bits with the number of rows.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from satchel.model.paged import PAGE, Pool
 from satchel.run.adapters import Adapters
 from satchel.run.answers import Answers
 from satchel.run.blocks import Blocks
-from satchel.run.choice import next_token, rate_prompt, rated
+from satchel.run.choice import add_states, mean_state, next_token, rate_prompt, rated
 from satchel.run.forward import HEAD_ROWS, Part, groups, hidden, logits
 from satchel.run.intake import begin, check
 from satchel.run.scheduler import Limits, Scheduler, Turn
@@ -170,13 +171,26 @@ class Engine:
         for number, (s, part) in enumerate(zip(sequences, parts, strict=True)):
             if s.request.prompt_logprobs and not s.said_count:
                 rate_prompt(s, part, self.model, x_ND)
-            if len(part.tokens) == s.pending:
+            if s.request.embed:
+                events += self._embed(s, part, x_ND)
+            elif len(part.tokens) == s.pending:
                 complete.append((number, part))
             else:
                 self.scheduler.seen(s, s.cached + len(part.tokens))
         for group in groups(complete):  # the logits of one die before those of the next are made
             events += self._answer_some([(sequences[number], part) for number, part in group], x_ND)
         return events
+
+    def _embed(self, s: Sequence, part: Part, x_ND: Tensor) -> list[Event]:
+        """Sums up the states of a prompt; at its end their mean is all that is said."""
+        add_states(s, part, x_ND)
+        if len(part.tokens) < s.pending:
+            self.scheduler.seen(s, s.cached + len(part.tokens))
+            return []
+        s.embedding = mean_state(s)
+        if not all(map(math.isfinite, s.embedding)):
+            return self._end(s, "error", BROKEN)
+        return self._end(s, "stop")
 
     def _answer_some(self, group: list[tuple[Sequence, Part]], x_ND: Tensor) -> list[Event]:
         logits_RV = logits(self.model, x_ND[[row for _, part in group for row in part.rows]])

@@ -157,7 +157,7 @@ class Scheduler:
 
     def _reusable(self, sequence: Sequence) -> list[int]:
         """Blocks of the pool that hold the sequence's beginning; its last token is always computed."""
-        if sequence.request.prompt_logprobs and not sequence.said_count:
+        if sequence.request.runs_prompt and not sequence.said_count:
             return []
         sequence.digests = digests(sequence.tokens, self.blocks.size, sequence.root, sequence.digests)
         return self.blocks.match(sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.size])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from satchel.core.request import Constraint, Logprob, Request
 from satchel.run.adapters import Adapter
 from satchel.run.blocks import Digest
@@ -33,6 +35,9 @@ class Sequence:
     preempted: int = 0  # times
     logprob: float = 0.0  # of the answer so far
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+    state_D: Tensor | None = None  # sum over the first `summed` tokens, float32
+    summed: int = 0
+    embedding: tuple[float, ...] = ()
     finish: str = ""
     stopped_by: str | int | None = None
 

@@ -15,13 +15,21 @@ import satchel
 from satchel.core.errors import SatchelError, UserError
 from satchel.run.server.chats import chat
 from satchel.run.server.completions import complete
+from satchel.run.server.embeddings import embed
 from satchel.run.server.faults import Fault, broken, malformed, refused, unavailable
 from satchel.run.server.gate import App, Gate
 from satchel.run.server.house import House
 from satchel.run.server.keys import Keys
 from satchel.run.server.replies import Reply
 from satchel.run.server.sending import ClientGone, EventStream, while_there
-from satchel.run.server.wire import ChatBody, CompletionBody, Generating
+from satchel.run.server.wire import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    Generating,
+    LoadAdapterBody,
+    UnloadAdapterBody,
+)
 
 PAGE = Path(__file__).with_name("page.html")
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
@@ -50,6 +58,13 @@ def _answers(app: FastAPI, house: House) -> None:
         """Continue texts or tokens."""
         return await _send(house, request, body, await complete(house, body, **_who(request)))
 
+    @app.post("/v1/embeddings", responses=ERRORS)
+    async def embeddings(body: EmbeddingBody, request: Request) -> Any:
+        """Texts or tokens as vectors."""
+        found = await while_there(request, embed(house, body, request.state.client.name))
+        _charge(request, found["usage"])
+        return JSONResponse(found)
+
 
 def _models(app: FastAPI, house: House) -> None:
     @app.get("/v1/models")
@@ -62,6 +77,18 @@ def _models(app: FastAPI, house: House) -> None:
         """One of them."""
         house.adapter(name)
         return _model(house, name)
+
+    @app.post("/v1/load_lora_adapter", responses=ERRORS)
+    async def load(body: LoadAdapterBody) -> Any:
+        """Serve an adapter more."""
+        await house.load_adapter(body.lora_name, body.lora_path)
+        return {"status": "loaded", "id": body.lora_name}
+
+    @app.post("/v1/unload_lora_adapter", responses=ERRORS)
+    async def unload(body: UnloadAdapterBody) -> Any:
+        """Serve an adapter less."""
+        await house.unload_adapter(body.lora_name)
+        return {"status": "unloaded", "id": body.lora_name}
 
 
 def _watching(app: FastAPI, house: House) -> None:
@@ -118,9 +145,7 @@ async def _send(house: House, request: Request, body: Generating, reply: Reply) 
     """The reply whole, or as a stream of events; what it cost is charged and noted when it ends."""
 
     def note(ended: Reply) -> None:
-        usage = ended.usage
-        request.state.client.end(usage["total_tokens"])
-        request.state.usage |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+        _charge(request, ended.usage)
         request.state.usage["first_token_s"] = ended.timer.first_s
 
     reply.on_end = note
@@ -128,6 +153,11 @@ async def _send(house: House, request: Request, body: Generating, reply: Reply) 
         return JSONResponse(await while_there(request, reply.whole()))
     options = body.stream_options
     return EventStream(reply.chunks(options is not None and options.include_usage), house.terms.read_s)
+
+
+def _charge(request: Request, usage: dict[str, Any]) -> None:
+    request.state.client.end(usage["total_tokens"])
+    request.state.usage |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens") if name in usage}
 
 
 def _who(request: Request) -> dict[str, str]:

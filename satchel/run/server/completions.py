@@ -22,19 +22,20 @@ async def complete(house: House, body: CompletionBody, tenant: str, request_id: 
     house.admit(len(body.prompt))
     if len(body.prompt) > PROMPTS:
         raise Fault(400, f"{len(body.prompt)} prompts; one body has {PROMPTS} at most", param="prompt")
-    prompts = [await _tokens(house, prompt) for prompt in body.prompt]
+    prompts = [await tokens_of(house, prompt, "prompt") for prompt in body.prompt]
     constraint = await house.grammar.constraint(body.response_format)
     requests = [_request(house, body, prompt, adapter, tenant, constraint) for prompt in prompts]
     form = CompletionForm(house, body, requests)
     return Reply(house, form, await house.worker.submit(requests), body.model or house.name, request_id)
 
 
-async def _tokens(house: House, prompt: str | list[int]) -> tuple[int, ...]:
+async def tokens_of(house: House, prompt: str | list[int], param: str) -> tuple[int, ...]:
+    """The token ids of a prompt, which may be these already. Raises Fault for an empty one that nothing can begin."""
     tokens = await house.encode(prompt, special=True) if isinstance(prompt, str) else tuple(prompt)
     if tokens:
         return tokens
     if house.tokenizer.bos_id is None:
-        raise Fault(400, "the prompt is empty, and this model has no token to begin with", param="prompt")
+        raise Fault(400, "the text is empty, and this model has no token to begin with", param=param)
     return (house.tokenizer.bos_id,)
 
 

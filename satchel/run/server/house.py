@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from satchel.core.errors import nearest
@@ -46,6 +47,7 @@ class House:
     terms: Terms = field(default_factory=Terms)
     fixed: Mapping[str, int] = field(default_factory=dict)  # bytes beside the pool, by account
     budget_bytes: int | None = None
+    adapters: Path | None = None  # folder from which clients may load more
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     grammar: Grammar = field(init=False)
@@ -57,7 +59,7 @@ class House:
     @property
     def models(self) -> list[str]:
         """The names that a request may ask for: the model, then its adapters."""
-        return [self.name]
+        return [self.name, *list(self.worker.engine.adapters.registered)]
 
     def adapter(self, model: str | None) -> str:
         """The adapter that a `model` of a request stands for; empty for the bare model. Raises Fault for neither."""
@@ -66,6 +68,23 @@ class House:
         if model in self.models:
             return model
         raise Fault(404, f"no model '{model}'; {nearest(model, self.models)}", param="model", code="model_not_found")
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Register an adapter of the folder that the server was given. Raises Fault or UserError."""
+        if self.adapters is None:
+            raise Fault(403, "this server loads no adapters; start it with --adapters DIR", code="no_adapters")
+        folder = (self.adapters / path).resolve()
+        if not folder.is_relative_to(self.adapters.resolve()):
+            raise Fault(403, f"adapters lie in {self.adapters}; name a folder there", param="lora_path")
+        if name == self.name:
+            raise Fault(400, f"'{name}' is the model's own name; choose another", param="lora_name")
+        await self.worker.ask(lambda: self.worker.engine.register(name, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; answers under way keep it. Raises Fault for one that is not there."""
+        if not name or self.adapter(name) != name:
+            raise Fault(404, f"no adapter '{name}'", param="lora_name", code="model_not_found")
+        await self.worker.ask(lambda: self.worker.engine.unregister(name))
 
     def admit(self, requests: int) -> None:
         """Raises Fault when no more requests can be taken now."""

@@ -127,14 +127,14 @@ class Reply:
         return {**self.head, "object": kind}
 
     def _pieces(self, number: int, event: Event) -> list[dict[str, Any]]:
-        _require_good(event)
+        require_good(event)
         said = self._one(number, event)
         pieces = self.form.pieces(said, event)
         self._hear(number, event)
         return pieces
 
     def _hear(self, number: int, event: Event) -> None:
-        _require_good(event)
+        require_good(event)
         said = self._one(number, event)
         said.hear(event)
         self.timer.hear(event)
@@ -148,7 +148,7 @@ class Reply:
         return self._said[key]
 
 
-def _require_good(event: Event) -> None:
+def require_good(event: Event) -> None:
     """Raises Fault for an answer that did not end as its client meant it to."""
     if event.finish in ("error", "cancelled"):
         raise broken(event.error) if event.error else unavailable("the server ended this answer; ask again")

@@ -71,6 +71,7 @@ def open_house(service: Service, terms: Terms) -> House:
         terms,
         fixed={account: size for account, size in capacity.accounts.items() if account != "kv"},
         budget_bytes=capacity.budget_bytes,
+        adapters=Path(service.job.adapters) if service.job.adapters else None,
     )
 
 

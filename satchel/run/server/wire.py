@@ -300,4 +300,17 @@ class EmbeddingBody(Body):
     user: str | None = None
 
 
+class LoadAdapterBody(Body):
+    """`POST /v1/load_lora_adapter`, as vLLM has it."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # below the folder of adapters
+
+
+class UnloadAdapterBody(Body):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+
+
 CompletionBody.model_rebuild()

@@ -1,12 +1,19 @@
 """Every route answers as OpenAI's does, and every mistake is an error that names the field and the cure."""
 
 import asyncio
+import base64
 import json
 
 import pytest
+import torch
 
+from satchel.adapt import save_peft
+from satchel.core.book import make
+from satchel.model.adapters import attach
 from satchel.run.server.house import Terms
 from tests.run.server.toy import byte_tokenizer, client_of, toy_house
+from tests.run.toys import toy_decoder
+from tests.tolerances import same
 
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = {"messages": HELLO, "max_tokens": 6, "temperature": 0}
@@ -266,3 +273,59 @@ def test_figures_have_the_names_that_dashboards_know():
         assert line in text
     assert stats["answered"] == 6 and stats["memory"]["kv free"] > 0
     assert health == ready == 200
+
+
+def embed(texts, **changes):
+    return "POST", "/v1/embeddings", {"input": texts} | changes
+
+
+def test_an_embedding_is_the_mean_of_the_last_states_whatever_the_steps_and_the_pool():
+    long = "a text of some length, " * 6
+    (_, one), (_, again), (_, packed) = ask(
+        embed(long), embed(["x", long]), embed([toy_ids(long)], encoding_format="base64")
+    )
+    model = toy_decoder(vocab=258)
+    with torch.no_grad():
+        mean = model.hidden(torch.tensor([toy_ids(long)]))[0].mean(0)
+    wanted = mean / mean.norm()
+    for found in (one["data"][0], again["data"][1]):
+        assert same(torch.tensor(found["embedding"]), wanted)
+    raw = base64.b64decode(packed["data"][0]["embedding"])
+    assert same(torch.frombuffer(bytearray(raw), dtype=torch.float32), wanted)
+    assert one["usage"] == {"prompt_tokens": len(long), "total_tokens": len(long)}
+    ((_, parts),) = ask(embed(long), step_tokens=16)
+    assert same(torch.tensor(parts["data"][0]["embedding"]), wanted)
+
+
+def test_embeddings_refuse_what_they_cannot_do():
+    (wrong, body), (long, _) = ask(embed("x", dimensions=5), embed("x" * 400))
+    assert wrong == long == 400 and "have 32" in body["error"]["message"]
+
+
+def test_adapters_come_and_go_while_serving(tmp_path):
+    def on(path):
+        return "POST", "/v1/load_lora_adapter", {"lora_name": "tuned", "lora_path": path}
+
+    off = "POST", "/v1/unload_lora_adapter", {"lora_name": "tuned"}
+    model = toy_decoder(vocab=258)
+    attach(model, make("adapter", "lora:rank=2"), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("B_OR"):
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    save_peft(model, tmp_path / "first")
+
+    async def run():
+        house = toy_house()
+        house.adapters = tmp_path
+        async with client_of(house) as client:
+            calls = [complete(), on("first"), complete(model="tuned"), on("first"), on("../x"), on("none"), off, off]
+            return [await one(client, *call) for call in [*calls, complete(model="tuned"), ("GET", "/v1/models")]]
+
+    plain, loaded, tuned, twice, outside, missing, gone, again, late, listed = asyncio.run(run())
+    assert (plain[0], loaded[0], tuned[0], gone[0]) == (200,) * 4
+    assert tuned[1]["choices"][0]["text"] != plain[1]["choices"][0]["text"]
+    assert (twice[0], outside[0], missing[0], again[0], late[0]) == (400, 403, 400, 404, 404)
+    assert len(listed[1]["data"]) == 1
+    ((refused, _),) = ask(on("first"))
+    assert refused == 403
