@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activations: Activations | None = None
-        self._runs: list[Run] = []  # the blocks as the policy runs them
+        self.runs: list[Run] = []  # the blocks as the policy runs them
         at: At = {"dtype": dtype, "device": device}
         self.model = Trunk(config, **at)
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
@@ -100,11 +100,11 @@ class Decoder(nn.Module):
         """
         self.activations = policy
         wrap = policy.start(len(self.layers), home) if policy else None
-        self._runs = [wrap(block, index) for index, block in enumerate(self.layers)] if wrap else []
+        self.runs = [wrap(block, index) for index, block in enumerate(self.layers)] if wrap else []
 
     def policy_state(self) -> dict[str, Tensor]:
         """What the policy keeps from step to step, by name: it belongs into a checkpoint beside the parameters."""
-        states = {index: run.state_dict() for index, run in enumerate(self._runs) if isinstance(run, nn.Module)}
+        states = {index: run.state_dict() for index, run in enumerate(self.runs) if isinstance(run, nn.Module)}
         return {f"activations.{index}.{name}": t for index, state in states.items() for name, t in state.items()}
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache)
-        runs = self._runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
+        runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
         for run in runs or self.layers:
             x_BTD = run(x_BTD, place)
         return self._finish(x_BTD)

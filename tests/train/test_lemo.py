@@ -20,7 +20,7 @@ HALF = Lemo(keep=0.5, group=2)
 
 def middle(decoder):
     """The runs of the blocks between the first and the last."""
-    return [run for run in decoder._runs if isinstance(run, Eliminating)]
+    return [run for run in decoder.runs if isinstance(run, Eliminating)]
 
 
 def test_with_all_tokens_kept_it_is_the_plain_job_bit_for_bit():
@@ -35,8 +35,8 @@ def test_a_block_on_all_tokens_by_way_of_elimination_is_the_block():
     decoder.wrap_blocks(Lemo(keep=0.99, group=2))
     for run in middle(decoder):
         run.method = dataclasses.replace(run.method, keep=1.0)
-    for policy in (decoder._runs, []):
-        decoder._runs = policy
+    for policy in (decoder.runs, []):
+        decoder.runs = policy
         decoder.zero_grad()
         loss = CausalLM().loss(decoder, batch)[0]
         loss.backward()
@@ -48,7 +48,7 @@ def test_a_block_on_all_tokens_by_way_of_elimination_is_the_block():
 def test_first_and_last_block_run_on_all_tokens():
     decoder = toy_decoder()
     decoder.wrap_blocks(HALF)
-    assert [isinstance(run, Eliminating) for run in decoder._runs] == [False, True, True, False]
+    assert [isinstance(run, Eliminating) for run in decoder.runs] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("lengths", [None, (13, 8, 11)])
