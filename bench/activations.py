@@ -182,7 +182,7 @@ def main(given: list[str] | None = None) -> Path:
     if asked.quick:
         asked.memory, asked.learn, asked.only = "600MiB", 0, "memo:alpha=0"
     install_pool()
-    warm_up(job_of("none", 64), "cpu")
+    warm_up(job_of("none", 1024), endless(), "cpu")
     budgets = [parse_bytes(text) for text in asked.memory.split(",")]
     rows: list[dict[str, Any]] = []
     parts: dict[str, Any] = {"quality": []}
