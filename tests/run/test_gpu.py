@@ -11,10 +11,11 @@ from satchel.run.step import train_step
 from satchel.run.warm import MINIATURE, real
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+MEMO, LEMO = {"activations": "memo:alpha=0.5"}, {"activations": "lemo"}
 CONFIG = ModelConfig.from_hf(MINIATURE | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6})
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": "none"}, {"activations": "full"}])
+@pytest.mark.parametrize("changes", [{}, {"adapter": "none"}, {"activations": "full"}, MEMO, LEMO])
 def test_the_peak_is_the_allocators_within_two_percent(changes: dict) -> None:
     job = TuneJob(model="toy", data="toy", context=256, batch=4, **changes)
     torch.cuda.empty_cache()
@@ -27,8 +28,9 @@ def test_the_peak_is_the_allocators_within_two_percent(changes: dict) -> None:
     assert rehearse(job, CONFIG, device="cuda").peak.peak_bytes == pytest.approx(measured, rel=0.02)
 
 
-def test_losses_are_the_cpus() -> None:
-    job = TuneJob(model="toy", data="toy", context=256, batch=2, dtype="fp32")
+@pytest.mark.parametrize("changes", [{}, MEMO, {"activations": "memo:alpha=1"}])
+def test_losses_are_the_cpus(changes: dict) -> None:
+    job = TuneJob(model="toy", data="toy", context=256, batch=2, dtype="fp32", **changes)
     losses = {}
     for device in ("cpu", "cuda"):
         assembly, batch = real(job, CONFIG, device, (256, 200, 56))

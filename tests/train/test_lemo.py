@@ -7,9 +7,15 @@ import torch
 
 from satchel.adapt.lora import Lora
 from satchel.core.errors import UserError
+from satchel.core.report import SILENT, Report
 from satchel.model.attention import Place
+from satchel.run import trainer
+from satchel.run.assemble import assemble
+from satchel.run.data import read_dataset
 from satchel.train.causal_lm import CausalLM
 from satchel.train.lemo import Eliminating, Lemo, received
+from tests.run import toys as run_toys
+from tests.run.toys import CharTokenizer, toy_job
 from tests.tolerances import TOLERANCE
 from tests.train.common import adapt, gradients, saved_bytes
 from tests.train.toys import toy_batch, toy_decoder
@@ -154,6 +160,32 @@ def test_what_the_predictors_know_is_a_part_of_checkpoints():
         tensor.copy_(mine[name])
     losses = [CausalLM().loss(each, toy_batch(seed=5))[0] for each in (decoder, other)]
     assert torch.equal(*losses)
+
+
+class Killed(Report):
+    """Ends the run behind its fourth step."""
+
+    def step(self, metrics):
+        if metrics["step"] == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_run_resumed_while_its_predictors_learn_is_the_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "plot", lambda *_: False)  # half a second
+
+    def go(name, report=SILENT, **changes):
+        fields = {"out": str(tmp_path / name), "activations": "lemo:group=4,learn=20", "save_every": 1}
+        job = toy_job(tmp_path, **fields, **changes)
+        assembly = assemble(job, run_toys.toy_decoder(layers=3))
+        trainer.train(job, assembly, read_dataset(job, CharTokenizer()), report)
+        return assembly.lasting
+
+    whole = go("whole")
+    with pytest.raises(KeyboardInterrupt):
+        go("killed", Killed())
+    resumed = go("killed", resume=True)
+    assert any(name.startswith("activations") for name in whole)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("knobs", [{"keep": 0}, {"keep": 1.5}, {"group": 0}, {"learn": -1}])
