@@ -114,11 +114,18 @@ torch.library.define(
 
 @few_barriers()
 def perturb_in_torch_(
-    x_N: Tensor, low_N: Tensor | None, back: int, forth: int, seeds: list[int], radius: float, *mask: int
+    x_N: Tensor,
+    low_N: Tensor | None,
+    back: int,
+    forth: int,
+    seeds: list[int],
+    radius: float,
+    masked: int,
+    mask_seed: int,
 ) -> None:
     """From theta + back * radius * z to theta + forth * radius * z, for z of the one seed."""
     for cut in slices(x_N.numel(), x_N.device):
-        z_N = drawn(seeds[0], *mask, cut, x_N.device)
+        z_N = drawn(seeds[0], masked, mask_seed, cut, x_N.device)
         if hops_at_all(x_N, low_N):
             for side in (back, forth):
                 _hop_(x_N[cut], z_N, radius, side)
@@ -204,11 +211,17 @@ torch.library.define(
 
 @few_barriers()
 def estimate_in_torch(
-    x_N: Tensor, low_N: Tensor | None, size_K: Tensor, seeds: list[int], radius: float, *mask: int
+    x_N: Tensor,
+    low_N: Tensor | None,
+    size_K: Tensor,
+    seeds: list[int],
+    radius: float,
+    masked: int,
+    mask_seed: int,
 ) -> Tensor:
     """The sum of the directions by size that `descend_` goes along, in x's dtype."""
     out_N = torch.empty_like(x_N)
-    for cut, sum_N in sums(x_N, seeds, size_K, radius, *mask, hops_at_all(x_N, low_N)):
+    for cut, sum_N in sums(x_N, seeds, size_K, radius, masked, mask_seed, hops_at_all(x_N, low_N)):
         out_N[cut].copy_(sum_N)
     return out_N
 
