@@ -38,6 +38,8 @@ REPLAY = 0.25  # of every step, for a strong shift
 SUBSET = 0.04  # of the new text: what is left of a phase beside replay is about four epochs of it
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
 END = "<|endoftext|>"
+COLUMNS = ("loss, old text", "loss, new text", "mean", "forgotten", "gained")
+COLUMNS += ("gap depth", "gap area per step", "recovered at step")
 
 LOW = {"schedule": "constant:warmup=0", "lr": PEAK_LR / 10}  # on at the rate that the first run ended with
 HIGH = {"schedule": "rewarm", "lr": PEAK_LR}
@@ -183,13 +185,14 @@ def ends(lines: list[dict[str, Any]], source: str) -> list[float]:
 
 
 def row(bench: Bench, run: Run) -> dict[str, Any]:
-    """One line of the table."""
+    """One line of the table, with a cell in every column."""
+    cells: dict[str, Any] = {"run": run.name, "phases": run.length + bool(run.after)} | dict.fromkeys(COLUMNS, "")
     lines = bench.of(run.name)
     if not lines:
-        return {"run": run.name, "phases": run.length}
+        return cells | {"mean": "not measured"}
     old, new = ends(lines, OLD), ends(lines, NEW)
-    cells = {"run": run.name, "phases": run.length + bool(run.after), "loss, old text": interval(old)}
-    cells |= {"loss, new text": interval(new), "mean": interval([(a + b) / 2 for a, b in zip(old, new, strict=True)])}
+    cells |= {"loss, old text": interval(old), "loss, new text": interval(new)}
+    cells |= {"mean": interval([(a + b) / 2 for a, b in zip(old, new, strict=True)])}
     if not run.after:
         return cells
     gaps = {source: [gap(line["losses"][source]) for line in lines] for source in (OLD, NEW)}
