@@ -105,6 +105,7 @@ class ZerothStepper(AdamStepper):
             return losses[-1]
 
         index = self.index()
+        self.before_write()
         for numbers in self.parts:
             self.descend([Part(number, *index[number]) for number in numbers], noted)
         return torch.stack([loss.detach() for loss in losses]).mean()
