@@ -376,3 +376,33 @@ class Decoding(Method):
     @abstractmethod
     def start(self, model: nn.Module) -> Proposer:
         """What guesses for one engine, whose model this is."""
+
+
+class Shelf(ABC):
+    """Where blocks of keys and values go when their places in the pool are needed. Known by digest: equal digests mean
+    equal contents, for good."""
+
+    moved_out: int = 0  # blocks that were copied away
+    moved_in: int = 0  # blocks that came back
+
+    @abstractmethod
+    def keep(self, digest: bytes, block: int) -> None:
+        """Block `block` of the pool is about to be overwritten; copy it if it is worth it and not here already."""
+
+    @abstractmethod
+    def has(self, digest: bytes) -> bool:
+        """Whether `fetch` may be tried."""
+
+    @abstractmethod
+    def fetch(self, digest: bytes, block: int) -> bool:
+        """Copy a block back into block `block` of the pool; False if it is no longer here."""
+
+
+class Preemption(Method):
+    """What becomes of keys and values that lose their place in the pool."""
+
+    slot = "preemption"
+
+    @abstractmethod
+    def start(self, data: Tensor) -> Shelf:
+        """The shelf of a pool: `data` is [blocks, ...], one block contiguous."""

@@ -17,7 +17,7 @@ from satchel.core.job import read_toml
 from satchel.core.knobs import Knob, accept_all, read_knobs
 from satchel.core.units import parse_bytes
 
-METHOD_FIELDS = ("format", "admission", "decoding")  # each named after its slot
+METHOD_FIELDS = ("format", "admission", "preemption", "decoding")  # each named after its slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class ServeJob:
     batch: int = 32  # answers that grow at once, at most
     step_tokens: int = 512  # tokens that a step sees at most: long prompts are cut into parts of this
     admission: str = "fcfs"  # who runs next
+    preemption: str = "recompute"  # what becomes of keys and values that lose their place
     decoding: str = "plain"  # how tokens are found
     adapters: str = ""  # folder whose subfolders are PEFT adapters, each served under its own name
     seed: int = 0  # of requests that bring none

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from itertools import accumulate
 
 from satchel.core.errors import SatchelError
+from satchel.core.seams import Shelf
 
 Digest = bytes
 
@@ -33,8 +34,9 @@ def digests(tokens: Sequence[int], size: int, root: Digest, known: Sequence[Dige
 class Blocks:
     """The blocks of a pool, by number. Knows no tensors."""
 
-    def __init__(self, count: int, size: int) -> None:
-        self.count, self.size = count, size
+    def __init__(self, count: int, size: int, shelf: Shelf | None = None) -> None:
+        """`shelf`: what gets a published block before its place goes to another."""
+        self.count, self.size, self.shelf = count, size, shelf
         self.refs = [0] * count
         self.digest: list[Digest | None] = [None] * count
         self.found: dict[Digest, int] = {}  # published blocks
@@ -71,7 +73,7 @@ class Blocks:
             block = self.empty.pop()
         elif self.idle:
             block, _ = self.idle.popitem(last=False)
-            self._forget(block)
+            self._evict(block)
         else:
             raise SatchelError("the pool has no free block")
         self.refs[block] = 1
@@ -138,7 +140,7 @@ class Blocks:
         """Take this very block, which nobody holds."""
         if block in self.idle:
             del self.idle[block]
-            self._forget(block)
+            self._evict(block)
         else:
             self.empty.remove(block)
 
@@ -150,6 +152,24 @@ class Blocks:
             self._forget(block)
             self.publish(target, digest)
         return target
+
+    def _evict(self, block: int) -> None:
+        digest = self.digest[block]
+        if self.shelf is not None and digest is not None:
+            self.shelf.keep(digest, block)
+        self._forget(block)
+
+    def shelved(self, digest: Digest) -> bool:
+        """Whether the shelf has the block of this digest."""
+        return self.shelf is not None and self.shelf.has(digest)
+
+    def fetch(self, digest: Digest) -> tuple[int, bool]:
+        """A block for the tokens of this digest, and whether the shelf had them: then it is full and published."""
+        block = self.take()
+        there = self.shelf is not None and self.shelf.fetch(digest, block)
+        if there:
+            self.publish(block, digest)
+        return block, there
 
     def _forget(self, block: int) -> None:
         digest, self.digest[block] = self.digest[block], None

@@ -54,6 +54,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         admission: str = "fcfs",
+        preemption: str = "recompute",
         decoding: str = "plain",
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -62,9 +63,10 @@ class Engine:
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
         weight = model.model.embed_tokens.weight
         self.pool = Pool(model.config, limits.blocks, weight.dtype, weight.device, limits.context)
-        blocks, copy = Blocks(limits.blocks, PAGE), self.pool.copy
+        self.shelf = make("preemption", preemption).start(self.pool.data)
+        blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)
-        self.scheduler = Scheduler(limits, blocks, make("admission", admission), self.adapters, clock, copy)
+        self.scheduler = Scheduler(limits, blocks, make("admission", admission), self.adapters, clock, self.pool.copy)
         self.proposer = make("decoding", decoding).start(model)
         self.answers = Answers()
         self.siblings: dict[int, list[Sequence]] = {}  # by request, answers that begin when the prompt was seen
@@ -135,6 +137,8 @@ class Engine:
             "blocks_idle": len(blocks.idle),
             "block_bytes": self.pool.block_bytes,
             "preemptions": self.scheduler.preemptions,
+            "moved_out": self.shelf.moved_out,
+            "moved_in": self.shelf.moved_in,
             "adapters": len(self.adapters.registered),
             "adapters_resident": len(self.adapters.resident),
             "adapter_loads": self.adapters.loads,

@@ -147,7 +147,7 @@ class Scheduler:
                 return False
             self._preempt(victim, turn)
         self._hold(sequence, found)
-        sequence.cached = len(found) * self.blocks.size
+        self._fetch(sequence)
         if not sequence.said_count:
             sequence.reused = sequence.cached
         self._grow(sequence, len(sequence.tokens))
@@ -157,10 +157,23 @@ class Scheduler:
 
     def _reusable(self, sequence: Sequence) -> list[int]:
         """Blocks of the pool that hold the sequence's beginning; its last token is always computed."""
-        if sequence.request.runs_prompt and not sequence.said_count:
+        if self._computes_all(sequence):
             return []
         sequence.digests = digests(sequence.tokens, self.blocks.size, sequence.root, sequence.digests)
         return self.blocks.match(sequence.digests[: (len(sequence.tokens) - 1) // self.blocks.size])
+
+    @staticmethod
+    def _computes_all(sequence: Sequence) -> bool:
+        return sequence.request.runs_prompt and not sequence.said_count
+
+    def _fetch(self, sequence: Sequence) -> None:
+        """Go on from the known blocks that it holds with those that the shelf has."""
+        full = 0 if self._computes_all(sequence) else (len(sequence.tokens) - 1) // self.blocks.size
+        sequence.cached, there = len(sequence.table) * self.blocks.size, True
+        while there and len(sequence.table) < full and self.blocks.shelved(sequence.digests[len(sequence.table)]):
+            block, there = self.blocks.fetch(sequence.digests[len(sequence.table)])
+            sequence.table.append(block)
+            sequence.cached += there * self.blocks.size
 
     def _room(self, sequence: Sequence) -> list[int] | None:
         """Its adapter in the pool, and blocks enough for all it has: the known ones among them. None if there is no

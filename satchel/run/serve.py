@@ -56,6 +56,7 @@ def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> 
         room.limits,
         tokenizer,
         admission=job.admission,
+        preemption=job.preemption,
         decoding=job.decoding,
         seed=job.seed,
         clock=clock,

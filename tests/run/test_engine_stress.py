@@ -30,24 +30,30 @@ def a_request(rng):
 
 
 @pytest.mark.parametrize(
-    ("admission", "decoding"),
-    [("fcfs", "plain"), ("priority", "lookup"), ("fair", "plain"), ("shortest", "lookup"), ("deadline", "plain")],
+    ("admission", "preemption", "decoding"),
+    [
+        ("fcfs", "recompute", "plain"),
+        ("priority", "fastswitch:size=1MiB", "lookup"),
+        ("fair", "fastswitch:size=64KiB", "plain"),
+        ("shortest", "recompute", "lookup"),
+        ("deadline", "recompute", "plain"),
+    ],
 )
-def test_every_request_ends_once_and_nothing_leaks(admission, decoding):
-    serve_at_random(admission, decoding, 120)
+def test_every_request_ends_once_and_nothing_leaks(admission, preemption, decoding):
+    serve_at_random(admission, preemption, decoding, 120)
 
 
 @pytest.mark.slow
 def test_of_thousands_of_requests_none_is_lost():
-    serve_at_random("priority", "lookup", 5000)
+    serve_at_random("priority", "fastswitch:size=1MiB", "lookup", 5000)
 
 
-def serve_at_random(admission, decoding, count):
+def serve_at_random(admission, preemption, decoding, count):
     """Submit, cancel and step at random until all have ended; raises where the books are wrong."""
     rng, now = random.Random(admission), [0.0]
     limits = Limits(blocks=14, batch=6, step_tokens=24, context=112)
     model = toy_decoder(layers=1)
-    engine = Engine(model, limits, admission=admission, decoding=decoding, clock=lambda: now[0])
+    engine = Engine(model, limits, admission=admission, preemption=preemption, decoding=decoding, clock=lambda: now[0])
     left, open_, ended, finished = count, {}, set(), {}
     while left or not engine.idle:
         for _ in range(min(left, rng.choice([0, 0, 1, 6]))):

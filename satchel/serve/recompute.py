@@ -1,0 +1,37 @@
+"""What was forgotten is computed again.
+
+The plain way: a preempted answer's blocks stay findable until their places are needed, and no longer. Costs the tokens
+of prompt and answer once more for each time that they were really lost; takes no memory and no disk.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from satchel.core.seams import Card, Preemption, Shelf
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Nothing(Shelf):
+    """Keeps nothing."""
+
+    def keep(self, digest: bytes, block: int) -> None:
+        return
+
+    def has(self, digest: bytes) -> bool:
+        return False
+
+    def fetch(self, digest: bytes, block: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute(Preemption):
+    """See the file's docstring."""
+
+    card = Card(paper="https://arxiv.org/abs/2309.06180", spends=("compute",))
+
+    def start(self, data: "Tensor") -> Shelf:
+        """A shelf that keeps nothing."""
+        return _Nothing()
