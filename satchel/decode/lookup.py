@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from satchel.core.seams import Card, Decoding, Draft, Proposer, Speaker
+from satchel.core.card import Card
+from satchel.core.serve_seams import Decoding, Draft, Proposer, Speaker
 
 if TYPE_CHECKING:
     from torch import nn

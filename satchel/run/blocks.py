@@ -14,7 +14,7 @@ from hashlib import blake2b
 from itertools import accumulate
 
 from satchel.core.errors import SatchelError
-from satchel.core.seams import Shelf
+from satchel.core.serve_seams import Shelf
 
 Digest = bytes
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from satchel.core.errors import UserError
-from satchel.core.seams import Admission
+from satchel.core.serve_seams import Admission
 from satchel.run.adapters import Adapter, Adapters
 from satchel.run.blocks import Blocks, digests
 from satchel.run.ledger import Ledger

@@ -10,7 +10,8 @@ Paper: https://arxiv.org/abs/2401.00588
 
 from dataclasses import dataclass
 
-from satchel.core.seams import Admission, Card, Ticket
+from satchel.core.card import Card
+from satchel.core.serve_seams import Admission, Ticket
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from satchel.core.seams import Card, Preemption, Shelf
+from satchel.core.card import Card
+from satchel.core.serve_seams import Preemption, Shelf
 from satchel.core.units import parse_bytes
 
 

@@ -7,7 +7,8 @@ Nobody waits for ever and nobody is displaced, but one that came early and is lo
 
 from dataclasses import dataclass
 
-from satchel.core.seams import Admission, Card, Ticket
+from satchel.core.card import Card
+from satchel.core.serve_seams import Admission, Ticket
 
 
 @dataclass(frozen=True, kw_only=True)

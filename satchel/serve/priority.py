@@ -7,7 +7,8 @@ A lower priority waits as long as there are higher ones: starvation is the clien
 
 from dataclasses import dataclass
 
-from satchel.core.seams import Admission, Card, Ticket
+from satchel.core.card import Card
+from satchel.core.serve_seams import Admission, Ticket
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ of prompt and answer once more for each time that they were really lost; takes n
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from satchel.core.seams import Card, Preemption, Shelf
+from satchel.core.card import Card
+from satchel.core.serve_seams import Preemption, Shelf
 
 if TYPE_CHECKING:
     from torch import Tensor

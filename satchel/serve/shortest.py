@@ -9,7 +9,8 @@ Paper: https://doi.org/10.1287/opre.16.3.687
 
 from dataclasses import dataclass
 
-from satchel.core.seams import Admission, Card, Ticket
+from satchel.core.card import Card
+from satchel.core.serve_seams import Admission, Ticket
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,136 @@
+"""The seams of serving: who runs next, what becomes of what makes room, and how an answer's next tokens are found.
+
+Torch appears in annotations only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from satchel.core.seams import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Ticket(Protocol):
+    """What an admission may know of an answer that waits or runs."""
+
+    @property
+    def arrival_s(self) -> float:
+        """When the request came, on the engine's clock."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """What the client gave it; higher is more urgent."""
+        ...
+
+    @property
+    def deadline_s(self) -> float:
+        """When the answer becomes worthless, on the engine's clock; inf: never."""
+        ...
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the model has to see at most before the answer ends."""
+        ...
+
+
+class Admission(Method):
+    """Who runs next, and who makes room for whom."""
+
+    slot = "admission"
+
+    @abstractmethod
+    def rank(self, ticket: Ticket, served: float, now_s: float) -> tuple[float, ...]:
+        """The lowest enters first and makes room last. `served` is what the ticket's tenant got so far, in tokens.
+
+        Equal ranks go by arrival. Ranks of one method are of one length.
+        """
+
+    def displaces(self, waiting: Ticket, running: Ticket) -> bool:
+        """Whether one that waits may stop one that runs if there is no room for both; by default it never may."""
+        return False
+
+
+Draft = Sequence[int]  # guesses at the next tokens of an answer
+
+
+class Speaker(Protocol):
+    """What a proposer may know of an answer."""
+
+    @property
+    def id(self) -> int:
+        """Of the request; with `index` it names the answer."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Which answer to the request."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        ...
+
+
+class Proposer(ABC):
+    """What guesses at tokens for the answers of one engine. It never calls the model that checks them.
+
+    The engine runs the model on the guesses and keeps them as long as each is the token that it would have chosen;
+    the choice is a function of logits, seed and position, so that guessing changes no answer.
+    """
+
+    @abstractmethod
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
+        """Guesses for each answer, at most `room` of them, down to none."""
+
+    def learn(self, speaker: Speaker, guessed: int, right: int) -> None:  # noqa: B027
+        """The first `right` of the `guessed` tokens were; the answer has them and one more by now."""
+
+    def forget(self, speaker: Speaker) -> None:  # noqa: B027
+        """The answer ended."""
+
+
+class Decoding(Method):
+    """How an answer's next tokens are found."""
+
+    slot = "decoding"
+
+    @abstractmethod
+    def start(self, model: nn.Module) -> Proposer:
+        """What guesses for one engine, whose model this is."""
+
+
+class Shelf(ABC):
+    """Where blocks of keys and values go when their places in the pool are needed. Known by digest: equal digests mean
+    equal contents, for good."""
+
+    moved_out: int = 0  # blocks that were copied away
+    moved_in: int = 0  # blocks that came back
+
+    @abstractmethod
+    def keep(self, digest: bytes, block: int) -> None:
+        """Block `block` of the pool is about to be overwritten; copy it if it is worth it and not here already."""
+
+    @abstractmethod
+    def has(self, digest: bytes) -> bool:
+        """Whether `fetch` may be tried."""
+
+    @abstractmethod
+    def fetch(self, digest: bytes, block: int) -> bool:
+        """Copy a block back into block `block` of the pool; False if it is no longer here."""
+
+
+class Preemption(Method):
+    """What becomes of keys and values that lose their place in the pool."""
+
+    slot = "preemption"
+
+    @abstractmethod
+    def start(self, data: Tensor) -> Shelf:
+        """The shelf of a pool: `data` is [blocks, ...], one block contiguous."""
