@@ -36,15 +36,24 @@ class _Outline:
 
 
 def shallow(kinds: Sequence[Hashable]) -> list[int]:
-    """The fewest layers that show the first, the last, and one of each kind between them."""
-    between = {kind: index for index, kind in reversed(list(enumerate(kinds[1:-1], 1)))}
+    """The fewest layers that show the first, the last, and one of each kind between them, neighbours included.
+
+    A block may free or fetch what its neighbours keep, so two layers are of one kind only if their neighbours are.
+    """
+    between = {kind: layer for layer, kind in reversed(list(enumerate(_with_neighbours(kinds), 1)))}
     return sorted({0, *between.values(), len(kinds) - 1})
 
 
 def stand_ins(kinds: Sequence[Hashable], layers: Sequence[int]) -> list[int]:
     """For each layer of the deep model, which of the shallow one's `layers` stands for it."""
-    places = {kinds[layer]: place for place, layer in enumerate(layers[1:-1], 1)}
-    return [0, *(places[kind] for kind in kinds[1:-1]), len(layers) - 1][: len(kinds)]
+    between = _with_neighbours(kinds)
+    places = {between[layer - 1]: place for place, layer in enumerate(layers[1:-1], 1)}
+    return [0, *(places[kind] for kind in between), len(layers) - 1][: len(kinds)]
+
+
+def _with_neighbours(kinds: Sequence[Hashable]) -> list[Hashable]:
+    """The kinds of all layers but the first and the last."""
+    return list(zip(kinds, kinds[1:], kinds[2:], strict=False))
 
 
 def extend(tracker: Tracker, stands: Sequence[int]) -> list[Phase]:

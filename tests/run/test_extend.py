@@ -42,12 +42,12 @@ def test_every_kind_of_layer_stands_for_its_own() -> None:
     stands = stand_ins(kinds, layers)
     assert len(stands) == len(kinds)
     assert all(kinds[layers[stand]] == kind for stand, kind in zip(stands, kinds, strict=True))
-    assert layers == [0, 1, 5, 17]
+    assert layers == [0, 1, 4, 5, 6, 17]
 
 
 def test_a_last_layer_of_its_own_kind_is_the_shallow_runs_last() -> None:
     layers = shallow("dsssssd")
-    assert layers == [0, 1, 6] and stand_ins("dsssssd", layers) == [0, 1, 1, 1, 1, 1, 2]
+    assert layers == [0, 1, 2, 5, 6] and stand_ins("dsssssd", layers) == [0, 1, 2, 2, 2, 3, 4]
 
 
 def test_a_model_that_is_shallow_already_is_run_as_it_is() -> None:
