@@ -100,3 +100,16 @@ def test_logarithms_of_probabilities():
     assert found.logprob == pytest.approx(float(expected[6]), rel=1e-5)
     assert [t for t, _ in found.top] == LOGITS.topk(3).indices.tolist()
     assert found.top[0][1] == pytest.approx(float(expected.max()), rel=1e-5)
+
+
+def test_a_nucleus_of_many_tokens_is_found_whole():
+    """More tokens than are tried first, and a share that rounding may never reach."""
+    flat = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * 0.1
+    p = flat.double().softmax(0).sort(descending=True).values
+    for top_p in (0.01, 0.3, 0.9, 1 - 1e-7):
+        expected = int((p.cumsum(0) - p < top_p).sum())
+        assert len(kept(flat, Sampling(temperature=1.0, top_p=top_p))[1]) == pytest.approx(expected, abs=2)
+
+
+def test_the_first_of_equals_is_the_likeliest():
+    assert choose(torch.tensor([1.0, 3.0, 3.0, 2.0]), Sampling()) == 1

@@ -1,8 +1,9 @@
 """A real engine in a process of its own, whose torch allocates from the page pool; prints what it held.
 
-python -m tests.run.served FORMAT
+python -m tests.run.served FORMAT ...
 """
 
+import gc
 import json
 import sys
 
@@ -34,10 +35,11 @@ def stored(config: ModelConfig, storage: str) -> Decoder:
     return model
 
 
-def main(storage: str) -> None:
+def peaks(storage: str) -> tuple[int, int]:
     """Predicted bytes of weights and workspace, then measured ones, the pool left out."""
+    gc.collect()
     pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
-    torch.set_num_threads(1)
+    idle = pages.live_bytes  # of the runs before: nothing but what is kept for good
     job = ServeJob(model="toy", format=storage, step_tokens=256)
     predicted = sum(rehearse_engine(job, config, "cpu").values())
     engine = Engine(stored(config, storage), Limits(blocks=100, batch=32, step_tokens=256, context=1024))
@@ -46,8 +48,9 @@ def main(storage: str) -> None:
         engine.submit(Request(prompt=(5,) * length, max_tokens=4, sampling=Sampling(temperature=temperature)))
     engine.submit(Request(prompt=(5,) * 300, max_tokens=1, prompt_logprobs=True))  # logits of a whole chunk
     engine.run()
-    print(json.dumps([predicted, pages.peak_bytes - engine.pool.data.nbytes]))
+    return predicted, pages.peak_bytes - engine.pool.data.nbytes - idle
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    print(json.dumps({storage: peaks(storage) for storage in sys.argv[1:]}))
