@@ -75,8 +75,9 @@ def row(policy: str, budgets: list[int], patience_s: float, steps: int) -> dict[
         context = rung.job.context
         line[name] = {"context": context, "predicted_bytes": rung.peak_bytes, "predicted_s": rung.seconds_per_step}
         line[name]["second_tier_bytes"] = rung.rehearsal.second_tier_bytes
-        if budget == budgets[0] or rung.seconds_per_step * steps <= patience_s:
-            line[name] |= measure(RUN, _run(policy, context, budget, steps), TIMEOUT_S)
+        first = budget == budgets[0]
+        if first or rung.seconds_per_step <= patience_s:
+            line[name] |= measure(RUN, _run(policy, context, budget, steps if first else 1), max(patience_s, TIMEOUT_S))
         print(f"{policy} in {name}: {_said(line[name])}", flush=True)
     return line
 
@@ -168,8 +169,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", default="1GiB,4GiB", help="budgets; in the first every policy runs")
-    parser.add_argument("--patience", type=float, default=150, help="predicted seconds that a run in another may take")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a run; the first is not timed")
+    parser.add_argument("--patience", type=float, default=240, help="predicted seconds of a step that runs in another")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps in the first; one is not timed")
     parser.add_argument("--learn", type=int, default=24, help="optimizer steps of the comparison with LeMo; 0: none")
     parser.add_argument("--only", default="", help="policies whose spelling holds this")
     parser.add_argument("--quick", action="store_true", help="a test of the bench itself")

@@ -155,9 +155,9 @@ def _solve(requests: Sequence[Request], least: int, most: int, patience_s: float
     lower[-1] = least / most
     found = milp(
         np.eye(1, columns, columns - 1)[0],
-        constraints=LinearConstraint(matrix, ub=np.array(limits)),
+        constraints=LinearConstraint(matrix, ub=np.array(limits)),  # pyright: ignore[reportArgumentType] - the same
         integrality=binary,
-        bounds=Bounds(lower, upper),
+        bounds=Bounds(lower, upper),  # pyright: ignore[reportArgumentType] - arrays will do
         options={"time_limit": patience_s},
     )
     return None if found.x is None else _settled(requests, found.x[:count])

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from weakref import WeakSet
 
 import torch
@@ -36,7 +36,7 @@ torch.library.define("satchel::fetch", "(Tensor(a!)[] pieces, int file, int at) 
 @torch.library.impl("satchel::spill", "default")
 def _spill(pieces: list[Tensor], file: int, at: int) -> None:
     for piece in pieces:
-        data, done = memoryview(piece.view(torch.uint8).numpy()), 0
+        data, done = piece.view(torch.uint8).numpy().data, 0
         while done < len(data):
             done += os.pwrite(file, data[done : done + CALL], at + done)
         at += done
@@ -45,7 +45,7 @@ def _spill(pieces: list[Tensor], file: int, at: int) -> None:
 @torch.library.impl("satchel::fetch", "default")
 def _fetch(pieces: list[Tensor], file: int, at: int) -> None:
     for piece in pieces:
-        data, done = memoryview(piece.view(torch.uint8).numpy()), 0
+        data, done = piece.view(torch.uint8).numpy().data, 0
         while done < len(data):
             got = os.preadv(file, [data[done : done + CALL]], at + done)
             if not got:
@@ -72,7 +72,7 @@ class Region:
     at: int = 0  # in the file
     host: Tensor | None = None  # pinned, [nbytes]
     staged: Tensor | None = None  # its copy on the device, under way or done
-    ready: torch.cuda.Event | None = None  # of the last copy
+    ready: Any = None  # the event of the last copy
 
 
 class FileTier:
@@ -116,7 +116,7 @@ class PinnedTier:
 
     def __init__(self) -> None:
         self.stream: torch.cuda.Stream | None = None
-        self.held: tuple[Sequence[Tensor], torch.cuda.Event | None] = (), None
+        self.held: tuple[Sequence[Tensor], Any] = (), None
 
     def spill(self, pieces: Sequence[Tensor]) -> Region:
         """Begin to copy flat tensors out."""

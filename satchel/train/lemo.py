@@ -79,6 +79,8 @@ class Lemo(Activations):
 class Eliminating(nn.Module):
     """A block that runs on some of its tokens. Of its tensors only the predictor's are its own."""
 
+    block: Block
+
     def __init__(self, method: Lemo, block: Block, index: int) -> None:
         super().__init__()
         self.method = method

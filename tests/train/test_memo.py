@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from satchel.model.config import ModelConfig
 from satchel.run.rehearse import rehearse
 from satchel.train import _tier
 from satchel.train.causal_lm import CausalLM
-from satchel.train.full import Full
 from satchel.train.memo import Costs, Memo
 from tests.tolerances import TOLERANCE
 from tests.train.common import adapt, gradients
@@ -129,16 +129,21 @@ SHAPE = {"model_type": "llama", "vocab_size": 256, "hidden_size": 256, "intermed
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 
 
-def activations(spelling, layers, context=1024):
+@cache
+def rehearsed(spelling, layers=24):
+    job = TuneJob(model="m", data="d", activations=spelling, batch=1, micro_batch=1, context=1024)
+    return rehearse(job, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": layers}))
+
+
+def activations(spelling, layers):
     """Rehearsed bytes of tensors beside the weights, and bytes in the second tier."""
-    job = TuneJob(model="m", data="d", activations=spelling, batch=1, micro_batch=1, context=context)
-    found = rehearse(job, ModelConfig.from_hf(SHAPE | {"num_hidden_layers": layers}))
+    found = rehearsed(spelling, layers)
     phase = next(phase for phase in found.phases if phase.name == "train")
     lasting = sum(phase.accounts.get(name, 0) for name in ("weights", "adapter", "optimizer", "gradients"))
     return phase.peak_bytes - lasting, found.second_tier_bytes
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_what_stays_on_the_device_does_not_grow_with_depth_but_the_second_tier_does(alpha):
     (shallow, few), (deep, many) = (activations(f"memo:alpha={alpha}", layers) for layers in (4, 24))
     assert deep <= 1.01 * shallow
@@ -147,8 +152,8 @@ def test_what_stays_on_the_device_does_not_grow_with_depth_but_the_second_tier_d
     assert deep < 0.6 * full and none == 0
 
 
-def test_more_tokens_moved_are_more_bytes_in_the_second_tier_and_less_work():
-    moved = [activations(f"memo:alpha={alpha}", 4)[1] for alpha in (0.0, 0.5, 1.0)]
+def test_more_tokens_moved_are_more_bytes_in_the_second_tier():
+    moved = [activations(f"memo:alpha={alpha}", 24)[1] for alpha in (0, 0.5, 1)]
     assert moved == sorted(moved) and moved[1] - moved[0] == pytest.approx(moved[2] - moved[1], rel=0.01)
 
 
@@ -176,11 +181,10 @@ def test_a_share_out_of_range_is_refused():
 
 
 def test_it_computes_less_again_than_full_recomputation():
-    """In long contexts attention is most of the work, and only full recomputation repeats it."""
-    config = ModelConfig.from_hf(SHAPE | {"num_hidden_layers": 8})
-    flops = {}
-    for spelling in ("none", "memo:alpha=0", "full"):
-        job = TuneJob(model="m", data="d", activations=spelling, batch=1, context=2048)
-        flops[spelling] = sum(item.flops * count for item, count in rehearse(job, config).work.items())
-    assert flops["none"] < flops["memo:alpha=0"] < 0.9 * flops["full"]
-    assert Full().card.saves == Memo().card.saves
+    """Attention and the last block are not repeated."""
+    flops = {
+        spelling: sum(item.flops * count for item, count in rehearsed(spelling).work.items())
+        for spelling in ("memo:alpha=1", "memo:alpha=0.5", "memo:alpha=0", "full")
+    }
+    assert list(flops.values()) == sorted(flops.values()) and len(set(flops.values())) == 4
+    assert flops["memo:alpha=0"] < 0.95 * flops["full"]
