@@ -29,11 +29,13 @@ JOB_FLAGS = """
 """
 TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
 PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture --selector "
-SERVE_FLAGS = """
+ENGINE_FLAGS = """
     --config --model --device --memory --dtype --format --context --batch --step-tokens --admission --preemption
-    --decoding --seed --adapters --host --port --api-keys --queue --timeout --drain --max-body
+    --decoding --seed --adapters
 """
+SERVE_FLAGS = ENGINE_FLAGS + "--host --port --api-keys --queue --timeout --drain --max-body"
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script
+    "batch": ENGINE_FLAGS,
     "bench": "",
     "chat": "--adapter --prompt --system --raw --max-tokens --temperature --top-p --seed --dtype --device",
     "doctor": "",

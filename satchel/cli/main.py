@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import satchel
+from satchel.cli.batch import batch
 from satchel.cli.bench import bench
 from satchel.cli.chat import chat
 from satchel.cli.console import complain, forgive_encodings, out
@@ -42,6 +43,7 @@ plans.command("pretrain")(plan_pretrain)
 app.command("tune")(tune)
 app.command("pretrain")(pretrain)
 app.command("serve")(serve)
+app.command("batch")(batch)
 app.command("chat")(chat)
 app.command("merge")(merge)
 app.command("bench")(bench)

@@ -48,6 +48,7 @@ def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
         verb(_job(kind, given.pop("config"), given), **mine)
 
     parameters = [_config(), *(_option(knob, kind.slots) for knob in kind.knobs()), *own]
+    parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)  # those that must be given
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = verb.__doc__

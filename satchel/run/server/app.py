@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 import satchel
 from satchel.core.errors import SatchelError, UserError
+from satchel.run.server.batches import add_batches
 from satchel.run.server.chats import chat
 from satchel.run.server.completions import complete
 from satchel.run.server.embeddings import embed
@@ -43,6 +44,7 @@ def build(house: House, keys: Keys | None = None) -> App:
     _faults(app)
     _models(app, house)
     _answers(app, house)
+    add_batches(app, house)
     _watching(app, house)
     return Gate(app, house, keys or Keys())
 

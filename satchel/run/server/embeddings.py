@@ -44,7 +44,7 @@ async def embed(house: House, body: EmbeddingBody, tenant: str) -> dict[str, Any
     finally:
         stream.close()
     if not all(found.values()):
-        raise Fault(504, "the deadline passed", kind="timeout_error", code="deadline")
+        raise Fault(408, "the deadline passed", kind="timeout_error", code="deadline")
     rows = [{"object": "embedding", "index": i, "embedding": _spelt(found[i], body)} for i in range(len(requests))]
     usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
     return {"object": "list", "data": rows, "model": body.model or house.name, "usage": usage}

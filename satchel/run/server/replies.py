@@ -83,7 +83,7 @@ class Reply:
             self.close()
         said = sorted(self._said.values(), key=lambda one: one.number)
         if said and all(not one.tokens for one in said) and any(one.finish == "deadline" for one in said):
-            raise Fault(504, "the deadline passed before the first token", kind="timeout_error", code="deadline")
+            raise Fault(408, "the deadline passed before the first token", kind="timeout_error", code="deadline")
         choices = [self.form.choice(one) for one in said]
         return {**self._header(self.form.whole), "choices": choices, "usage": self.usage}
 

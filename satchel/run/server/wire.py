@@ -300,6 +300,15 @@ class EmbeddingBody(Body):
     user: str | None = None
 
 
+class BatchBody(Body):
+    """`POST /v1/batches`."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"] = "24h"
+    metadata: dict[str, str] | None = None
+
+
 class LoadAdapterBody(Body):
     """`POST /v1/load_lora_adapter`, as vLLM has it."""
 
