@@ -24,6 +24,7 @@ class ApolloMini(Apollo):
         fidelity="approx",
         claim="AdamW's perplexity or better, pre-training models up to 7B, with the memory of SGD",
         reference="apollo-torch",
+        demo={"scale": 32.0},
     )
 
     rank: int = 1  # dimensions of the subspace, 1 or more
