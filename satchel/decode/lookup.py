@@ -8,9 +8,12 @@ shorter as they fail, down to one. The answers are those of plain decoding, draw
 Reference: https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from satchel.core.card import Card
 from satchel.core.serve_seams import Decoding, Draft, Proposer, Speaker
@@ -21,24 +24,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Memory:
-    """Where each run of tokens of one answer, prompt included, was last seen to end."""
+    """The tokens of one answer, prompt included, at 4 bytes each."""
 
     length: int  # of the next guess
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
-    known: int = 0  # tokens that are entered
+    tokens: array = field(default_factory=lambda: array("I"))
 
-    def learn(self, tokens: Sequence[int], ngram: int) -> None:
-        """Enter all runs but those that end with the newest token: these have no sequel yet."""
-        for end in range(max(self.known, 1), len(tokens)):
-            for size in range(1, min(ngram, end) + 1):
-                self.ends[tuple(tokens[end - size : end])] = end
-        self.known = max(self.known, len(tokens))
-
-    def guess(self, tokens: Sequence[int], ngram: int, least: int, count: int) -> Draft:
+    def guess(self, ngram: int, least: int, count: int) -> Draft:
         """What followed the longest run that the tokens end with and that was there before; a circle goes round."""
-        for size in range(min(ngram, len(tokens)), least - 1, -1):
-            if end := self.ends.get(tuple(tokens[-size:])):
-                circle = tokens[end:]
+        tokens_N = np.frombuffer(self.tokens, dtype=np.uint32)
+        for size in range(min(ngram, len(tokens_N) - 1), least - 1, -1):
+            starts = len(tokens_N) - size  # of runs that have a sequel
+            same = np.ones(starts, dtype=bool)
+            for i in range(size):
+                same &= tokens_N[i : i + starts] == tokens_N[starts + i]
+            if (found := np.flatnonzero(same)).size:
+                circle = tokens_N[found[-1] + size :].tolist()
                 return [circle[i % len(circle)] for i in range(count)]
         return ()
 
@@ -63,8 +63,8 @@ class _Lookup(Proposer):
     def _guess(self, speaker: Speaker, most: int) -> Draft:
         method, key = self.method, (speaker.id, speaker.index)
         memory = self.memories.setdefault(key, _Memory(method.tokens))
-        memory.learn(speaker.tokens, method.ngram)
-        return memory.guess(speaker.tokens, method.ngram, method.least, min(memory.length, most))
+        memory.tokens.extend(speaker.tokens[len(memory.tokens) :])
+        return memory.guess(method.ngram, method.least, min(memory.length, most))
 
 
 @dataclass(frozen=True, kw_only=True)

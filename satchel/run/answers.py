@@ -83,15 +83,16 @@ class Answers:
 def _best(request: _Open) -> list[Event]:
     """The likeliest n answers, each as one event."""
     best = sorted(request.held, key=lambda index: request.score[index], reverse=True)[: request.request.n]
-    return [_whole(request.held[index], number) for number, index in enumerate(best)]
+    noted = request.held[0][0].prompt_logprobs if 0 in request.held else ()
+    return [_whole(request.held[index], number, noted if not number else ()) for number, index in enumerate(best)]
 
 
-def _whole(events: Items[Event], index: int) -> Event:
+def _whole(events: Items[Event], index: int, noted: tuple[Logprob | None, ...]) -> Event:
     return replace(
         events[-1],
         index=index,
         tokens=tuple(token for event in events for token in event.tokens),
         text="".join(event.text for event in events),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
-        prompt_logprobs=events[0].prompt_logprobs,
+        prompt_logprobs=noted,
     )

@@ -55,9 +55,9 @@ def generate(
 
 
 def _engine_for(request: Request, model: Decoder, tokenizer: Tokenizer) -> Engine:
-    """An engine whose pool holds this one request."""
+    """An engine whose pool holds this one request, and whose rotary positions are scaled for its length."""
     total = len(request.prompt) + request.max_tokens
-    return Engine(model, Limits(-(-total // PAGE), 1, PREFILL, model.config.context), tokenizer)
+    return Engine(model, Limits(-(-total // PAGE), 1, PREFILL, total), tokenizer)
 
 
 def _answer(engine: Engine, request: Request, on_text: Callable[[str], None] | None) -> str:

@@ -56,6 +56,7 @@ class Scheduler:
     ) -> None:
         """`copy` copies blocks of the pool, each (from, to)."""
         self.limits, self.blocks, self.admission, self.adapters = limits, blocks, admission, adapters
+        self._displaces = type(admission).displaces is not Admission.displaces
         self.clock, self.copy = clock, copy
         self.waiting: dict[Sequence, None] = {}  # in the order of arrival
         self.running: dict[Sequence, None] = {}
@@ -88,7 +89,8 @@ class Scheduler:
         for sequence in sorted(order, key=lambda sequence: sequence.pending > 1):  # answers before prompts
             if sequence in self.running:
                 self._go_on(sequence, turn, order)
-        for sequence in sorted(self.waiting, key=lambda sequence: self._rank(sequence, now)):
+        full = len(self.running) >= self.limits.batch and not self._displaces
+        for sequence in [] if full else sorted(self.waiting, key=lambda sequence: self._rank(sequence, now)):
             if turn.tokens == self.limits.step_tokens:
                 break
             try:

@@ -260,3 +260,11 @@ def test_malformed_requests_are_refused(fields):
 def test_malformed_sampling_is_refused(fields):
     with pytest.raises(UserError, match=f"sampling: {next(iter(fields))}"):
         Sampling(**fields)
+
+
+def test_the_prompts_logarithms_come_with_the_first_of_the_best(model):
+    served = engine(model)
+    drawn = Sampling(temperature=2.0, seed=8)
+    served.submit(Request(prompt=(5, 6, 7), max_tokens=4, n=2, best_of=5, sampling=drawn, prompt_logprobs=True))
+    first, second = served.run()
+    assert len(first.prompt_logprobs) == 3 and not second.prompt_logprobs
