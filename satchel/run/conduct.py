@@ -41,6 +41,7 @@ class Beginning:
 
     config: ModelConfig
     tokenizer_from: Source  # whose tokenizer goes with what is written
+    prompt_1T: Tensor  # that a merge is checked on
     dataset: Dataset
     load: Callable[[Job, str], Decoder]  # the model, for the job that was planned, on that device
 
@@ -71,7 +72,7 @@ def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> 
         assembly = assemble(rung.job, begun.load(rung.job, kind))
         result = train(rung.job, assembly, begun.dataset, report, governor)
         measured = _accounts(assembly)
-        outputs = {} if result.stopped else export(rung.job, assembly, begun.tokenizer_from)
+        outputs = {} if result.stopped else export(rung.job, assembly, begun.tokenizer_from, begun.prompt_1T)
         receipt = _receipt(made, rung, result, governor, measured, outputs)
     finally:
         governor.end()

@@ -26,6 +26,7 @@ from satchel.model.merge import holds
 from satchel.model.merge import merge as merge_maps
 from satchel.model.save import save
 from satchel.model.source import Source, find_source, load_tokenizer
+from satchel.model.tokenizer import Tokenizer
 from satchel.run.assemble import Assembly
 
 # T tokens of the prompt, D width, V vocabulary
@@ -40,8 +41,10 @@ SLICE = 8  # tokens whose distributions are compared at once
 DIVERGENCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def export(job: Job, assembly: Assembly, source: Source) -> dict[str, str]:
+def export(job: Job, assembly: Assembly, source: Source, prompt_1T: Tensor) -> dict[str, str]:
     """Write what was trained into `job.out`, and with `job.merge` the merged model too; the paths, by kind.
+
+    The tokenizer of `source` goes with a model. A merge is checked on the prompt.
 
     Raises ModelError, naming map or block, rather than write what does nothing or not what was trained. The optimizer's
     state is given up first: a save needs less memory than a step.
@@ -54,7 +57,7 @@ def export(job: Job, assembly: Assembly, source: Source) -> dict[str, str]:
         outputs["adapter"] = str(out / "adapter")
         if not job.merge:
             return outputs
-        merge_checked(assembly.model, prompt_of(source))
+        merge_checked(assembly.model, prompt_1T)
     save_checked(assembly.model, out / "model", source)
     return outputs | {"model": str(out / "model")}
 
@@ -71,13 +74,13 @@ def merge(model: str, adapter: str | Path, out: str | Path) -> Path:
     wide = any(stored.dtype == "F32" and len(stored.shape) == 2 for stored in source.tensors.values())
     decoder = load(source, torch.float32 if wide else torch.bfloat16)
     load_peft(decoder, adapter)
-    merge_checked(decoder, prompt_of(source))
+    merge_checked(decoder, prompt_of(load_tokenizer(source)))
     return save_checked(decoder, out, source)
 
 
-def prompt_of(source: Source) -> Tensor:
+def prompt_of(tokenizer: Tokenizer) -> Tensor:
     """The first tokens of PROMPT, [1, T]."""
-    return torch.tensor([load_tokenizer(source).encode(PROMPT, special=True)[:PROMPT_TOKENS]])
+    return torch.tensor([tokenizer.encode(PROMPT, special=True)[:PROMPT_TOKENS]])
 
 
 @torch.no_grad()

@@ -97,8 +97,10 @@ def plan(
     free = machine.free_bytes() + (resident_bytes() if machine.kind == "cpu" else 0)
     budget = free if job.memory == "auto" else parse_bytes(job.memory)
     label = f"{format_bytes(budget)} (free now)" if job.memory == "auto" else format_bytes(budget)
-    install_pool() if machine.kind == "cpu" else None
+    pool = install_pool() if machine.kind == "cpu" else None
     warm_up(job, config, machine.kind)
+    if pool:
+        pool.trim()  # pages that were never touched would be taken for a part of what is resident
     ladder = Ladder(job, Pricing(job, config, machine, budget, extent or Extent(), read_measured()))
     chosen = ladder.climb()
     smallest = ladder.smallest() if look_for_smallest or not chosen else None

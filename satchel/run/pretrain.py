@@ -12,6 +12,7 @@ from satchel.model.load import draw
 from satchel.model.source import find_source, load_tokenizer
 from satchel.run.assemble import DTYPES
 from satchel.run.conduct import Beginning, conduct, load_weights
+from satchel.run.export import prompt_of
 from satchel.run.receipt import Receipt
 from satchel.run.sources import read_sources
 
@@ -24,9 +25,10 @@ def pretrain(job: PretrainJob, report: Report = SILENT) -> Receipt:
 def _begin(job: PretrainJob, report: Report) -> Beginning:
     source = find_source(job.model, weights=not job.scratch)
     tokenizer_from = find_source(job.tokenizer, weights=False) if job.tokenizer else source
-    dataset = read_sources(job, load_tokenizer(tokenizer_from, source.config), report)
+    tokenizer = load_tokenizer(tokenizer_from, source.config)
+    dataset = read_sources(job, tokenizer, report)
     load = partial(_draw, source.config) if job.scratch else partial(load_weights, source)
-    return Beginning(source.config, tokenizer_from, dataset, load)
+    return Beginning(source.config, tokenizer_from, prompt_of(tokenizer), dataset, load)
 
 
 def _draw(config: ModelConfig, job: Job, device: str) -> Decoder:

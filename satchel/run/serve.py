@@ -47,6 +47,8 @@ def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> 
     source = find_source(job.model)
     tokenizer = load_tokenizer(source)
     _warm_up(job, source.config, device)
+    if pages:
+        pages.trim()  # those that were never touched would be taken for a part of what is resident
     room = capacity(job, source.config, device)
     governor = Governor(device, room.budget_bytes, pages)
     governor.begin()
@@ -75,8 +77,8 @@ def adapter_folders(home: str) -> list[Path]:
 
 
 def _warm_up(job: ServeJob, config: ModelConfig, device: str) -> None:
-    """Bring the process to its working size before its memory is counted: serve a little with two of its blocks."""
-    model = Decoder(miniature(config), DTYPES[job.dtype], device)
+    """Bring the process to its working size before its memory is counted: serve a little with one of its blocks."""
+    model = Decoder(miniature(config, DTYPES[job.dtype]), DTYPES[job.dtype], device)
     model.init_weights(torch.Generator(device).manual_seed(0))
     context = min(job.step_tokens + 8, model.config.context)
     engine = Engine(model, Limits(2 * context // PAGE + 4, 4, job.step_tokens, context))

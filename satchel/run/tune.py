@@ -9,6 +9,7 @@ from satchel.core.report import SILENT, Report
 from satchel.model.source import find_source, load_tokenizer
 from satchel.run.conduct import Beginning, conduct, load_weights
 from satchel.run.data import read_dataset
+from satchel.run.export import prompt_of
 from satchel.run.receipt import Receipt
 
 
@@ -19,5 +20,6 @@ def tune(job: TuneJob, report: Report = SILENT) -> Receipt:
 
 def _begin(job: TuneJob, report: Report) -> Beginning:
     source = find_source(job.model)
-    dataset = read_dataset(job, load_tokenizer(source))
-    return Beginning(source.config, source, dataset, partial(load_weights, source))
+    tokenizer = load_tokenizer(source)
+    dataset = read_dataset(job, tokenizer)
+    return Beginning(source.config, source, prompt_of(tokenizer), dataset, partial(load_weights, source))

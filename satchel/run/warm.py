@@ -2,8 +2,8 @@
 
 A job's first step loads what later ones share: kernels for the shapes of its products, their buffers, threads, modules
 that torch and others import when first used. These bytes belong to no tensor, so no rehearsal sees them. The miniature
-has two of the job's own blocks and few tokens in its vocabulary; where a block is large, narrow ones stand in: what
-they miss is little beside such a model.
+has a block of the job's own model and a small vocabulary; where that is large, a narrow one stands in: what it misses
+is little beside such a model.
 """
 
 import dataclasses
@@ -26,19 +26,20 @@ MINIATURE = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "num_
 MINIATURE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-5}
 MINIATURE |= {"max_position_embeddings": 2048, "tie_word_embeddings": True, "hidden_act": "silu"}
 VOCAB = 512
-BLOCKS = 16 << 20  # parameters of two blocks that are run as they are
+MOST = 64 << 20  # bytes of the miniature's weights
 TOKENS = 1024  # at most
 USED_LATER = ("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "matplotlib.figure")  # if installed
 
 
 def warm_up(job: Job, config: ModelConfig, device: str) -> None:
-    """Two optimizer steps, an evaluation and what export does, on a model of two blocks; about a second."""
+    """Two optimizer steps, an evaluation and what export does, on a model of one block; about a second."""
     for name in USED_LATER:
         if find_spec("tensorboard" if "tensorboard" in name else "matplotlib"):
             import_module(name)
-    context = min(job.context, TOKENS)
-    small = job.replace(optimizer="adamw", activations="none")
-    assembly, batch = real(small, miniature(config), device, (context,) * max(min(job.batch, TOKENS // context), 1))
+    config = miniature(config, DTYPES[job.dtype])
+    context = min(job.context, config.context, TOKENS)
+    small = job.replace(context=context, optimizer="lomo" if job.adapter == "none" else "adamw", activations="none")
+    assembly, batch = real(small, config, device, (context,) * max(min(job.batch, TOKENS // context), 1))
     for _ in range(2):
         train_step(assembly, [batch], 0.0)
     mean_loss(assembly, [batch])
@@ -46,18 +47,17 @@ def warm_up(job: Job, config: ModelConfig, device: str) -> None:
         _merge(assembly)
 
 
-def miniature(config: ModelConfig) -> ModelConfig:
-    """Two blocks of the model, or of a narrow one if those would be large, and a small vocabulary."""
-    small = dataclasses.replace(config, layers=min(config.layers, 2), vocab=VOCAB)
-    return small if small.parameters <= BLOCKS else ModelConfig.from_hf(MINIATURE)
+def miniature(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
+    """One block of the model and a small vocabulary; a narrow model if the block is large."""
+    small = dataclasses.replace(config, layers=1, vocab=VOCAB)
+    return small if small.parameters * dtype.itemsize <= MOST else ModelConfig.from_hf(MINIATURE)
 
 
 @torch.no_grad()
 def _merge(assembly: Assembly) -> None:
-    for parameter in assembly.model.parameters():
+    for _, parameter in assembly.parameters:
         parameter.add_(0.01)  # a change of zero would be refused
-    prompt_1T = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
-    merge_checked(assembly.model, prompt_1T)
+    merge_checked(assembly.model, torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64))
 
 
 def real(job: Job, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:

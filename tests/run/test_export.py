@@ -13,7 +13,7 @@ from satchel.model.adapters import Adapted, adapted
 from satchel.model.linear import dense_OI
 from satchel.model.load import load
 from satchel.model.save import save
-from satchel.model.source import find_source
+from satchel.model.source import find_source, load_tokenizer
 from satchel.run import export as exporting
 from satchel.run.assemble import assemble
 from satchel.run.data import read_dataset
@@ -54,8 +54,12 @@ def trained(base, tmp_path, steps=8, dtype=torch.float32, **changes):
     return job, assembly
 
 
+def prompt(base):
+    return prompt_of(load_tokenizer(find_source(str(base))))
+
+
 def logits(decoder, base):
-    return trace(decoder, prompt_of(find_source(str(base)))).logits_TV
+    return trace(decoder, prompt(base)).logits_TV
 
 
 def gap(ours, theirs):
@@ -67,7 +71,7 @@ def test_the_saved_adapter_merges_into_the_model_that_was_trained(base, tmp_path
     job, assembly = trained(base, tmp_path, adapter=adapter)
     tuned = logits(assembly.model, base)
     assert gap(logits(load(str(base), torch.float32), base), tuned) > 0.05
-    outputs = export(job, assembly, find_source(str(base)))
+    outputs = export(job, assembly, find_source(str(base)), prompt(base))
     assert outputs == {"adapter": str(tmp_path / "out" / "adapter")}
     assert {"adapter_config.json", "adapter_model.safetensors"} == {
         p.name for p in (tmp_path / "out/adapter").iterdir()
@@ -81,17 +85,17 @@ def test_a_job_that_merges_leaves_both_and_transformers_agrees(base, tmp_path):
     transformers = pytest.importorskip("transformers")
     job, assembly = trained(base, tmp_path, merge=True)
     tuned = logits(assembly.model, base)
-    outputs = export(job, assembly, find_source(str(base)))
+    outputs = export(job, assembly, find_source(str(base)), prompt(base))
     assert set(outputs) == {"adapter", "model"} and not assembly.optimizer.state
     theirs = transformers.AutoModelForCausalLM.from_pretrained(outputs["model"], dtype=torch.float32)
     with torch.no_grad():
-        assert gap(tuned, theirs(prompt_of(find_source(str(base)))).logits[0]) < EXACT
+        assert gap(tuned, theirs(prompt(base)).logits[0]) < EXACT
 
 
 def test_a_wholly_tuned_model_is_written_bit_for_bit_and_may_be_written_again(base, tmp_path):
     job, assembly = trained(base, tmp_path, adapter="none", dtype=torch.bfloat16)
     for _ in range(2):
-        outputs = export(job, assembly, find_source(str(base)))
+        outputs = export(job, assembly, find_source(str(base)), prompt(base))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model"]
     again = dict(load(outputs["model"]).named_parameters())
     assert all(torch.equal(p, again[name]) for name, p in assembly.model.named_parameters())
@@ -106,14 +110,14 @@ def test_an_adapter_on_packed_weights_merges_into_dense_ones(base, tmp_path):
     for step in range(8):
         train_step(assembly, rows.batches(rows.step_rows(step, 6, 0, 10**6), 6), 0.02)
     tuned = logits(assembly.model, base)
-    outputs = export(job, assembly, find_source(str(base)))
+    outputs = export(job, assembly, find_source(str(base)), prompt(base))
     assert divergence(tuned, logits(load(outputs["model"]), base)) < exporting.DIVERGENCE[torch.bfloat16]
 
 
 def test_an_untrained_adapter_is_refused_by_name(base, tmp_path):
     job, assembly = trained(base, tmp_path, steps=0)
     with pytest.raises(ModelError, match=r"changes nothing, at model\.layers\.0\.self_attn\.q_proj or any other"):
-        export(job, assembly, find_source(str(base)))
+        export(job, assembly, find_source(str(base)), prompt(base))
     assert not (tmp_path / "out").exists()
 
 
@@ -122,11 +126,11 @@ def test_a_spoiled_adapter_or_model_is_refused_by_name(base, tmp_path):
     name, parameter = assembly.parameters[3]
     parameter.data[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.k_proj: 'default.B_OR' is not finite"):
-        export(job, assembly, find_source(str(base)))
+        export(job, assembly, find_source(str(base)), prompt(base))
     job, assembly = trained(base, tmp_path, adapter="none", steps=1)
     assembly.model.model.norm.weight.data[2] = torch.inf
     with pytest.raises(ModelError, match="model.norm.weight is not finite"):
-        export(job, assembly, find_source(str(base)))
+        export(job, assembly, find_source(str(base)), prompt(base))
     assert not (tmp_path / "out").exists()
 
 
@@ -143,14 +147,14 @@ def test_a_merge_that_loses_a_map_names_its_block_and_writes_nothing(base, tmp_p
 
     monkeypatch.setattr(exporting, "merge_maps", careless)
     with pytest.raises(ModelError, match=rf"diverges from the adapted one .* they part at model\.layers\.{block},"):
-        export(job.replace(merge=True), assembly, find_source(str(base)))
+        export(job.replace(merge=True), assembly, find_source(str(base)), prompt(base))
     assert not (tmp_path / "out" / "model").exists()
 
 
 def test_merging_in_bfloat16_stays_far_inside_the_limit(base, tmp_path):
     _, assembly = trained(base, tmp_path, steps=20, dtype=torch.bfloat16)
     tuned, start = logits(assembly.model, base), logits(load(str(base)), base)
-    merge_checked(assembly.model, prompt_of(find_source(str(base))))
+    merge_checked(assembly.model, prompt(base))
     assert not any(isinstance(m, Adapted) for m in assembly.model.modules())
     assert divergence(tuned, logits(assembly.model, base)) < 0.02 * divergence(tuned, start)
 
@@ -165,7 +169,7 @@ def test_a_save_that_writes_other_numbers_names_the_tensor_and_leaves_nothing(ba
 
     monkeypatch.setattr(exporting, "save", careless)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: what was written is not"):
-        export(job, assembly, find_source(str(base)))
+        export(job, assembly, find_source(str(base)), prompt(base))
     assert list((tmp_path / "out").iterdir()) == []
 
 
