@@ -58,7 +58,8 @@ class Rung:
         """Plain values, for JSON; docs/PLAN.md says what they are."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("job", "rehearsal")}
         phases = {phase.name: {"peak_bytes": phase.peak_bytes, **phase.accounts} for phase in self.rehearsal.phases}
-        more = {"phases": phases, "tokens_per_step": self.rehearsal.tokens}
+        more = {"phases": phases, "second_tier_bytes": self.rehearsal.second_tier_bytes}
+        more |= {"tokens_per_step": self.rehearsal.tokens}
         return plain | {"job": self.job.to_dict()} | more
 
 
