@@ -136,23 +136,21 @@ class PinnedTier:
     def prefetch(self, region: Region) -> None:
         """Begin to copy a region in."""
         self._release()
-        if region.host is None:
-            return
         region.staged = torch.empty(region.nbytes, dtype=torch.uint8, device="cuda")
-        with torch.cuda.stream(self._behind()):
-            region.staged.copy_(region.host, non_blocking=True)
-            region.ready = torch.cuda.current_stream().record_event()
+        if region.host is not None:
+            with torch.cuda.stream(self._behind()):
+                region.staged.copy_(region.host, non_blocking=True)
+                region.ready = torch.cuda.current_stream().record_event()
 
     def fetch(self, region: Region, pieces: Sequence[Tensor]) -> None:
         """Wait for a region, and take it apart into flat tensors of the same sizes."""
-        if is_fake(pieces):
-            staged = torch.empty(region.nbytes, dtype=torch.uint8, device=pieces[0].device)
-            torch.ops.satchel.fetch([staged], NOWHERE, 0)
-            return
         if region.staged is None:
             self.prefetch(region)
-        assert region.staged is not None and region.ready is not None
-        torch.cuda.current_stream().wait_event(region.ready)
+        assert region.staged is not None
+        if region.host is None:
+            torch.ops.satchel.fetch([region.staged], NOWHERE, 0)
+        else:
+            torch.cuda.current_stream().wait_event(region.ready)
         for piece, place in zip(pieces, _places(pieces), strict=True):
             piece.view(torch.uint8).copy_(region.staged[place])
         region.staged = None
