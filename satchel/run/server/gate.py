@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
@@ -11,14 +10,13 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from satchel.run.server.bodies import Bodies, Message, Receive
 from satchel.run.server.faults import Fault, broken
 from satchel.run.server.house import House
 from satchel.run.server.keys import Keys
 from satchel.run.server.sending import ClientGone
 
 log = logging.getLogger("satchel.server")
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
@@ -28,7 +26,7 @@ class Gate:
     """An ASGI application in front of another."""
 
     def __init__(self, app: App, house: House, keys: Keys) -> None:
-        self.app, self.house, self.keys = app, house, keys
+        self.app, self.house, self.keys, self.bodies = app, house, keys, Bodies(house.terms)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,8 +43,11 @@ class Gate:
                 state["client"] = client = self.keys.client(headers.get(b"authorization", b"").decode("latin-1"))
                 if scope["method"] == "POST":
                     client.begin()
-            receive = await self._body(scope, headers, receive)
-            await self.app(scope, receive, out)
+            if scope["method"] != "POST":
+                return await self.app(scope, receive, out)
+            kind, length = headers.get(b"content-type", b""), headers.get(b"content-length", b"")
+            async with self.bodies.whole(kind, length, receive) as whole:
+                await self.app(scope, whole, out)
         except Fault as fault:
             await out.fault(fault)
         except ClientGone:
@@ -56,33 +57,6 @@ class Gate:
             await out.fault(broken(f"{type(error).__name__}; the server's log has the request id {id}"))
         finally:
             self._note(scope, state, out.status, time.monotonic() - begun_s)
-
-    async def _body(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """The whole body before anything is done with it. Raises Fault for one too large or too slow."""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
-            return receive
-        limit, parts, size = self.house.terms.body_bytes, [], 0
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
-        try:
-            async with asyncio.timeout(self.house.terms.read_s):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise ClientGone
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False)
-                    if size > limit:
-                        raise _too_large(limit)
-        except TimeoutError:
-            raise Fault(408, "the body did not arrive in time; send it at once", kind="timeout_error") from None
-        body = b"".join(parts)
-        if b"json" in headers.get(b"content-type", b""):
-            _require_text(body)
-        return _replay(body, receive)
 
     def _note(self, scope: MutableMapping[str, Any], state: dict[str, Any], status: int, seconds: float) -> None:
         client = state["client"].name if state["client"] else ""
@@ -122,28 +96,3 @@ class _Out:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self({"type": "http.response.start", "status": fault.status, "headers": raw})
         await self({"type": "http.response.body", "body": body})
-
-
-def _too_large(limit: int) -> Fault:
-    return Fault(413, f"the body is larger than the {limit} bytes that this server reads", code="body_too_large")
-
-
-def _require_text(body: bytes) -> None:
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        raise Fault(400, f"the body is not UTF-8: byte {body[error.start]:#04x} at {error.start}") from None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once; after it what the client does, such as going away."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
