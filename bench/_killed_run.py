@@ -92,19 +92,26 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def kill_and_resume(
-    job: TuneJob, tokens_MC: np.ndarray, tally: Tally, chance: random.Random, life_s: float, most: int
+    job: TuneJob, tokens_MC: np.ndarray, tally: Tally, chance: random.Random, step_s: float, most: int
 ) -> None:
-    """One run to its end; up to `most` kills on the way, each at any moment of the next `life_s`."""
-    checkpoints = Path(job.out) / "checkpoints"
-    latest = checkpoints / LATEST
+    """One run to its end; up to `most` kills on the way, each at any moment of one of the next steps."""
+    out = Path(job.out)
+    checkpoints, latest = out / "checkpoints", out / "checkpoints" / LATEST
     for kills in itertools.count():
         child = Child(job.replace(resume=latest.exists()), tokens_MC)
         child.wait(until=latest.exists)  # before its first checkpoint a run starts anew
-        if child.wait(chance.random() * life_s if kills < most else math.inf):
+        step = finished(out) + chance.randint(0, job.steps // 3) if kills < most else math.inf
+        child.wait(until=lambda step=step: finished(out) >= step)
+        if child.wait(chance.random() * step_s):
             tally.faults += ["a resumed run failed"] * bool(child.status)
             return
         child.kill()
         note(tally, checkpoints)
+
+
+def finished(out: Path) -> int:
+    """Steps that a run has finished so far."""
+    return len(read_metrics(out / "metrics.jsonl"))
 
 
 def note(tally: Tally, checkpoints: Path) -> None:
@@ -129,14 +136,14 @@ def main(work: str, jobs: dict[str, dict[str, Any]], kills: int, vocabulary: int
         tokens_MC = np.random.default_rng(seed).integers(0, vocabulary, (64, job.context + 1), np.int32)
         began, first = time.perf_counter(), Child(job, tokens_MC)
         assert first.wait() and first.status == 0, "the undisturbed run failed"
-        life_s, want = time.perf_counter() - began, outcome(Path(job.out))
+        step_s, want = (time.perf_counter() - began) / job.steps, outcome(Path(job.out))
         tally, chance = Tally(), random.Random(f"{seed}/{name}")
         while tally.kills < kills and not tally.faults:
             again = job.replace(out=f"{work}/{number}/{tally.runs}")
-            kill_and_resume(again, tokens_MC, tally, chance, life_s / 2, kills - tally.kills)
+            kill_and_resume(again, tokens_MC, tally, chance, step_s, kills - tally.kills)
             tally.runs += 1
             tally.identical += outcome(Path(again.out)) == want
-        told[name] = vars(tally) | {"life_s": life_s, "steps": len(want["losses"])}
+        told[name] = vars(tally) | {"step_s": step_s, "steps": len(want["losses"])}
     return told
 
 
