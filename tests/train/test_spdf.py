@@ -14,7 +14,7 @@ from satchel.model.save import save
 from satchel.run.assemble import assemble
 from satchel.run.step import train_step
 from satchel.train.spdf import SPDF, MaskedLinear
-from tests.tolerances import TOLERANCE
+from tests.tolerances import TOLERANCE, same
 from tests.train.toys import toy_batch
 
 JOB = PretrainJob(model="toy", data=("toy",), dtype="fp32", context=64, lr=0.01, schedule="constant:warmup=0")
@@ -89,6 +89,12 @@ def test_values_and_gradients_are_those_of_a_masked_matrix():
     ours = torch.autograd.grad(masked(x_NI), (x_NI, masked[0].values_P, masked[0].bias), dy)
     for mine, expected in zip(ours, (dx, dweight[mask_OI], dbias), strict=True):
         torch.testing.assert_close(mine, expected, rtol=TOLERANCE[torch.float64], atol=TOLERANCE[torch.float64])
+
+
+def test_with_nothing_left_out_it_is_the_plain_job():
+    plain, whole = (trained(surgery, optimizer="adamw:weight_decay=0") for surgery in ("none", "spdf:sparsity=0"))
+    for ours, theirs in zip(maps(whole.model), maps(plain.model), strict=True):
+        assert same(ours.dense(), theirs.weight.detach())
 
 
 def test_embeddings_norms_and_head_stay_dense():
