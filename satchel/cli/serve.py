@@ -12,21 +12,28 @@ from satchel.cli.options import takes_job
 from satchel.core.serve import ServeJob
 from satchel.core.units import parse_bytes, parse_seconds
 
-PANEL = {"rich_help_panel": "Server"}
+PANEL = "Server"
 
 
 @takes_job
 def serve(
     job: ServeJob,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", **PANEL)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535, **PANEL)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=PANEL)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535, rich_help_panel=PANEL)] = 8000,
     api_keys: Annotated[
-        str, typer.Option(help="TOML file of clients with their keys and quotas.", show_default=False, **PANEL)
+        str,
+        typer.Option(
+            help="TOML file of clients with their keys and quotas.", show_default=False, rich_help_panel=PANEL
+        ),
     ] = "",
-    queue: Annotated[int, typer.Option(help="Requests open at once; more are told to wait.", min=1, **PANEL)] = 256,
-    timeout: Annotated[str, typer.Option(help="Longest time of an answer.", **PANEL)] = "10min",
-    drain: Annotated[str, typer.Option(help="At the end, time for what runs.", **PANEL)] = "30s",
-    max_body: Annotated[str, typer.Option(help="Longest body.", **PANEL)] = "8MiB",
+    queue: Annotated[
+        int, typer.Option(help="Requests open at once; more are told to wait.", min=1, rich_help_panel=PANEL)
+    ] = 256,
+    timeout: Annotated[str, typer.Option(help="Longest time of an answer.", rich_help_panel=PANEL)] = "10min",
+    drain: Annotated[str, typer.Option(help="At the end, time for what runs.", rich_help_panel=PANEL)] = "30s",
+    max_body: Annotated[str, typer.Option(help="Longest body.", rich_help_panel=PANEL)] = "8MiB",
 ) -> None:
     """Serve a model to any OpenAI client, inside the budget. SIGTERM or ctrl-C ends it in good order."""
     with needs("serve"):

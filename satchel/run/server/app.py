@@ -35,7 +35,8 @@ from satchel.run.server.wire import (
 PAGE = Path(__file__).with_name("page.html")
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 GONE = 499  # nginx's number for a client that closed its connection
-ERRORS = {status: {"description": text} for status, text in ((400, "malformed"), (429, "too much"), (503, "not now"))}
+KINDS = {400: "malformed", 429: "too much", 503: "not now"}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": text} for status, text in KINDS.items()}
 
 
 def build(house: House, keys: Keys | None = None) -> App:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +75,7 @@ class _Following:
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
 
-    def allowed(self) -> Sequence[int] | None:
+    def allowed(self) -> list[int] | None:
         if self.matcher.is_stopped():
             return []
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)

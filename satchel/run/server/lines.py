@@ -74,7 +74,7 @@ def _line(text: bytes, url: str, seen: set[str]) -> Line:
         raise ValueError(f"custom_id: '{id[:80]}' came before; each line has its own")
     if found.get("method", "POST") != "POST":
         raise ValueError("method: POST is expected")
-    if to not in ((url,) if url else URLS):
+    if not isinstance(to, str) or to not in ((url,) if url else URLS):
         raise ValueError(f"url: {url or ' or '.join(URLS)} is expected, not {str(to)[:80]!r}")
     if not isinstance(body, dict):
         raise ValueError("body: a JSON object is expected")

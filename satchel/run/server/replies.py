@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,7 @@ class Reply:
         choices = [self.form.choice(one) for one in said]
         return {**self._header(self.form.whole), "choices": choices, "usage": self.usage}
 
-    async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
+    async def chunks(self, with_usage: bool) -> AsyncGenerator[bytes, None]:
         """Server-sent events, as many together as have come; an error is the last one."""
         header = json.dumps(self._header(self.form.piece))[:-1]
         nothing = ', "usage": null' if with_usage else ""
