@@ -251,6 +251,7 @@ def unmeasured(pairs: tuple[Pair, ...]) -> list[str]:
     """Methods of the book that no pair and no bench of their own slot runs: nothing is added without a measurement."""
     named = {(slot, str(value).partition(":")[0]) for pair in pairs for slot, value in pair.ours.items()}
     named |= {("adapter", "lora"), ("optimizer", "adamw"), ("objective", "causal_lm")}
+    named |= {("schedule", "rewarm"), ("schedule", "infinite")}  # bench/continual runs them
     slots = ("adapter", "format", "schedule", "objective")  # bench/optimizer and bench/activations run all of theirs
     return [f"{e.slot} {e.name}" for e in book.entries() if e.slot in slots and (e.slot, e.name) not in named]
 
