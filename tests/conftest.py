@@ -1,4 +1,4 @@
-"""What all tests share: one thread keeps toy-sized ones fast, and their sums in one order; ctrl-C is heeded."""
+"""What all tests share: one thread keeps toy-sized ones fast, and their sums in one order; signals are heeded."""
 
 import signal
 
@@ -12,6 +12,7 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def heed_ctrl_c():
-    """A shell that starts the tests in its background has them ignore SIGINT, and what they start as well."""
+def heed_signals():
+    """A shell that starts the tests in its background, or under nohup, has them and their children ignore these."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
