@@ -20,17 +20,22 @@ from torch.nn import functional
 
 from satchel.core.book import make
 from satchel.core.job import TuneJob
-from satchel.model.batch import IGNORE, Batch
+from satchel.model.batch import IGNORE, Batch, whole
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.source import find_source, load_tokenizer
 from satchel.run.assemble import DTYPES, Assembly, assemble
+from satchel.run.device import device
 from satchel.run.memory import Pool, install_pool, peak_resident_bytes, reset_peak_resident, resident_bytes
+from satchel.run.rung import Extent, Pricing, Rung
 from satchel.run.step import mean_loss, train_step
+from satchel.run.tune import tune  # noqa: F401 - a process is priced that holds what a job's holds
+from satchel.run.warm import warm_up
 from satchel.train import lemo
 
 ENDLESS = 1 << 22  # positions
+LONGEST = 1 << 19  # no context beyond is looked for
 SEED = 0
 FIELDS = {"model": "demo", "data": "demo", "adapter": "lora:rank=8", "dtype": "bf16", "batch": 1, "micro_batch": 1}
 
@@ -73,6 +78,42 @@ def padded(batches: list[Batch]) -> Batch:
         return Batch(functional.pad(batch.tokens_1N, (0, more)), targets, (longest,), batch.count)
 
     return together([wide(batch) for batch in batches])
+
+
+def contexts() -> list[int]:
+    """The sizes that batches have."""
+    sizes = [64]
+    while sizes[-1] < LONGEST:
+        sizes.append(whole(sizes[-1] + 1))
+    return sizes
+
+
+def longest(policy: str, budget: int) -> dict[str, Any]:
+    """The longest context that fits by rehearsal, and what is predicted there; empty if none fits."""
+    warm_up(job_of("none", 1024), endless(), "cpu")
+    rungs: dict[int, Rung] = {}
+
+    def fits(context: int) -> bool:
+        job = job_of(policy, context)
+        rungs[context] = Pricing(job, endless(), device("cpu"), budget, Extent(), {}).rung(job)
+        return rungs[context].fits
+
+    sizes, low, high = contexts(), -1, len(contexts())
+    while high - low > 1:  # sizes[low] fits, sizes[high] does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return predicted(rungs[sizes[low]]) if low >= 0 else {}
+
+
+def predicted(rung: Rung) -> dict[str, Any]:
+    """What the plan says of a job."""
+    return {
+        "context": rung.job.context,
+        "predicted_bytes": rung.peak_bytes,
+        "predicted_tensor_bytes": rung.rehearsal.peak.peak_bytes,
+        "predicted_s": rung.seconds_per_step,
+        "second_tier_bytes": rung.rehearsal.second_tier_bytes,
+    }
 
 
 def run(job: TuneJob, budget: int | None, steps: int) -> dict[str, Any]:
@@ -158,6 +199,8 @@ def main(what: str, **argument: Any) -> dict[str, Any]:
     """What one process measures."""
     if what == "unpadded":
         return unpadded(**argument)
+    if what == "longest":
+        return longest(argument["activations"], argument["budget"])
     job = job_of(argument.pop("activations"), argument.pop("context"))
     return {"run": run, "learn": learn}[what](job, **argument)
 

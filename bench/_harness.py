@@ -1,13 +1,17 @@
 """What every bench shares: a measurement is a process of its own, results are one JSON file that says whence."""
 
+import argparse
+import hashlib
 import json
 import os
 import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,49 @@ def measure(module: str, argument: Any, timeout_s: float = 900) -> dict[str, Any
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return {"error": said[-1] if said else "no output", "exit_code": done.returncode}
     return json.loads(lines[-1])
+
+
+@contextmanager
+def workplace(given: Path | None) -> Iterator[Path]:
+    """The folder that keeps a bench's models and finished runs; a temporary one if none is given."""
+    if given:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given.absolute()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """The option --work."""
+    parser.add_argument("--work", type=Path, help="folder that keeps models and finished runs, to go on from there")
+
+
+def once(
+    home: Path, module: str, argument: dict[str, Any], /, timeout_s: float = 900, number: int = 0, **places: Any
+) -> dict[str, Any]:
+    """The measurement that an earlier call has kept in `home`; else `measure` it, and keep it with its commit.
+
+    Two measurements are the same if module, argument and number are. `places` are arguments that do not count, such as
+    folders. What failed is not kept. Processes that share a folder do not get in each other's way.
+    """
+    key = {"module": module, "argument": argument, "number": number}
+    kept = home / "runs" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())["result"]
+    result = {"commit": commit()} | measure(module, argument | places, timeout_s)
+    if "error" not in result:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        draft = kept.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(key | {"result": result}))
+        draft.replace(kept)
+    return result
+
+
+def told(asked: argparse.Namespace) -> dict[str, Any]:
+    """A command line as results name it: nothing of where this machine keeps its files."""
+    plain = {name: value.name if isinstance(value, Path) else value for name, value in vars(asked).items()}
+    return {name: value for name, value in plain.items() if name != "work"}
 
 
 def interleave(cases: Iterable[Any], repetitions: int, seed: int = 0) -> list[Any]:

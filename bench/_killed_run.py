@@ -125,26 +125,23 @@ def note(tally: Tally, checkpoints: Path) -> None:
         tally.faults.append(f"{latest.name}: {fault}")
 
 
-def main(work: str, jobs: dict[str, dict[str, Any]], kills: int, vocabulary: int, seed: int) -> dict[str, Any]:
-    """Each job undisturbed, then killed `kills` times in all, in as many runs as that takes."""
+def main(out: str, model: str, job: dict[str, Any], kills: int, vocabulary: int, seed: int) -> dict[str, Any]:
+    """The job undisturbed, then killed `kills` times in all, in as many runs as that takes."""
     for name in SLOW_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    told = {}
-    for number, (name, fields) in enumerate(jobs.items()):
-        job = TuneJob.from_dict(fields | {"out": f"{work}/{number}/whole"})
-        tokens_MC = np.random.default_rng(seed).integers(0, vocabulary, (64, job.context + 1), np.int32)
-        began, first = time.perf_counter(), Child(job, tokens_MC)
-        assert first.wait() and first.status == 0, "the undisturbed run failed"
-        step_s, want = (time.perf_counter() - began) / job.steps, outcome(Path(job.out))
-        tally, chance = Tally(), random.Random(f"{seed}/{name}")
-        while tally.kills < kills and not tally.faults:
-            again = job.replace(out=f"{work}/{number}/{tally.runs}")
-            kill_and_resume(again, tokens_MC, tally, chance, step_s, kills - tally.kills)
-            tally.runs += 1
-            tally.identical += outcome(Path(again.out)) == want
-        told[name] = vars(tally) | {"step_s": step_s, "steps": len(want["losses"])}
-    return told
+    whole = TuneJob.from_dict(job | {"model": model, "out": f"{out}/whole"})
+    tokens_MC = np.random.default_rng(seed).integers(0, vocabulary, (64, whole.context + 1), np.int32)
+    began, first = time.perf_counter(), Child(whole, tokens_MC)
+    assert first.wait() and first.status == 0, "the undisturbed run failed"
+    step_s, want = (time.perf_counter() - began) / whole.steps, outcome(Path(whole.out))
+    tally, chance = Tally(), random.Random(f"{seed}/{json.dumps(job, sort_keys=True)}")
+    while tally.kills < kills and not tally.faults:
+        again = whole.replace(out=f"{out}/{tally.runs}")
+        kill_and_resume(again, tokens_MC, tally, chance, step_s, kills - tally.kills)
+        tally.runs += 1
+        tally.identical += outcome(Path(again.out)) == want
+    return vars(tally) | {"step_s": step_s, "steps": len(want["losses"])}
 
 
 if __name__ == "__main__":

@@ -79,14 +79,14 @@ def model(case: dict) -> tuple[Source | None, ModelConfig]:
     return dataclasses.replace(source, config=config, parts=parts, tensors=tensors), config
 
 
-def run(job: TuneJob, origin: Source | ModelConfig, lengths: tuple[int, ...], pool: Pool) -> dict:
+def run(job: TuneJob, origin: Source | ModelConfig, lengths: tuple[int, ...], pool: Pool, steps: int = STEPS) -> dict:
     """Load, train, evaluate and (where all weights train) write the job; its peaks by phase and its times."""
     peaks: dict[str, int] = {}
     with _peak("load", pool, peaks):
         assembly = assemble(job, _load(job, origin))
     batches = [_batch(job, assembly, lengths) for _ in range(-(-job.batch // job.micro_batch))]
     with _peak("train", pool, peaks):
-        times = [_timed(lambda: train_step(assembly, batches, assembly.lr)) for _ in range(STEPS)]
+        times = [_timed(lambda: train_step(assembly, batches, assembly.lr)) for _ in range(steps)]
     with _peak("evaluate", pool, peaks):
         loss = mean_loss(assembly, batches[:1])
     with _peak("save", pool, peaks):

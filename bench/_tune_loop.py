@@ -55,13 +55,24 @@ class Tuning:
     optimizer: Any  # a torch optimizer, for its state
 
 
-def run(model: nn.Module, prepare: Callable[[], Tuning], steps: int, trim: Callable[[], None]) -> dict[str, Any]:
-    """Train a loaded model and measure. `trim` gives an allocator's free pages back."""
+@dataclass(frozen=True)
+class Allocator:
+    """What a side can say of, and do to, the allocator of its tensors."""
+
+    trim: Callable[[], None] = lambda: None  # give its free pages back, and count its peak from now on
+    peak: Callable[[], int] = lambda: 0  # bytes of tensors; 0: not known
+
+
+UNKNOWN = Allocator()
+
+
+def run(model: nn.Module, prepare: Callable[[], Tuning], steps: int, allocator: Allocator = UNKNOWN) -> dict[str, Any]:
+    """Train a loaded model and measure."""
     touch(model)
     model_bytes = sum(t.untyped_storage().nbytes() for t in distinct(model.state_dict().values()))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    trim()
+    allocator.trim()
     reset_peak_resident()
     before = resident_bytes()
     tuning = prepare()
@@ -71,11 +82,12 @@ def run(model: nn.Module, prepare: Callable[[], Tuning], steps: int, trim: Calla
         losses.append(tuning.step(number))
         walls.append(time.perf_counter() - wall)
         cpus.append(cpu_seconds() - cpu)
-    peak = peak_resident_bytes()
+    peak, tensors = peak_resident_bytes(), allocator.peak()
     return {
         "model_bytes": model_bytes,
         "above_model_bytes": peak - before,
         "peak_bytes": peak,
+        "tensor_bytes": tensors,
         "state_bytes": state_bytes(tuning.optimizer),
         "first_wall_s": walls[0],
         "first_cpu_s": cpus[0],

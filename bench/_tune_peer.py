@@ -136,7 +136,7 @@ def main(work: str, steps: int, **settings: Any) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         f"{work}/model", dtype=dtype, quantization_config=quantized(settings["quantized"], dtype)
     )
-    return run(model, lambda: tuning(model, tokens, steps, settings), steps, lambda: None)
+    return run(model, lambda: tuning(model, tokens, steps, settings), steps)
 
 
 if __name__ == "__main__":

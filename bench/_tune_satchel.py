@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench._tune_loop import BATCH, CLIP, CONTEXT, Tokens, Tuning, run
+from bench._tune_loop import BATCH, CLIP, CONTEXT, UNKNOWN, Allocator, Tokens, Tuning, run
 from satchel.core import book
 from satchel.core.book import make
 from satchel.core.job import TuneJob
@@ -17,7 +17,7 @@ from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.run.assemble import Assembly, assemble
 from satchel.run.data import Corpus
-from satchel.run.memory import install_pool
+from satchel.run.memory import Pool, install_pool
 from satchel.run.packing import Rows, pack
 from satchel.run.rehearse import DTYPES
 from satchel.run.step import mean_loss, train_step
@@ -47,6 +47,18 @@ def _held_out_loss(assembly: Assembly, held_out: Rows) -> float:
     return mean_loss(assembly, held_out.batches(range(len(held_out)), BATCH))
 
 
+def allocator(pool: Pool | None) -> Allocator:
+    """What the page pool knows."""
+    if pool is None:
+        return UNKNOWN
+
+    def trim() -> None:
+        pool.trim()
+        pool.reset_peak()
+
+    return Allocator(trim, lambda: pool.peak_bytes)
+
+
 def main(work: str, steps: int, **settings: Any) -> dict[str, Any]:
     """Measure the job that `settings` make, on the model and the tokens in the folder `work`."""
     fields = {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH, "clip": CLIP, "schedule": "constant:warmup=0"}
@@ -56,7 +68,7 @@ def main(work: str, steps: int, **settings: Any) -> dict[str, Any]:
     pool = install_pool()
     tokens = Tokens.read(Path(work) / "tokens.npz")
     decoder = load(job.model, DTYPES[job.dtype], "cpu", make("format", job.format))
-    return run(decoder, lambda: tuning(job, decoder, tokens), steps, pool.trim if pool else lambda: None)
+    return run(decoder, lambda: tuning(job, decoder, tokens), steps, allocator(pool))
 
 
 if __name__ == "__main__":

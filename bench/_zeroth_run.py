@@ -17,8 +17,9 @@ from satchel.core.job import TuneJob
 from satchel.model.batch import IGNORE, Batch
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
-from satchel.run.assemble import DTYPES, assemble
+from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.memory import install_pool
+from satchel.run.rehearse import rehearse
 from satchel.run.step import mean_loss, train_step
 
 BATCH, CONTEXT = 8, 64  # examples of a step, tokens of an example at most
@@ -49,34 +50,51 @@ def accuracy(decoder: Decoder, examples: list[Example], answers: list[int]) -> f
     return right / len(examples)
 
 
-def main(work: str, steps: int, seed: int, factor: float, **settings: Any) -> dict[str, Any]:
-    """Train on the task in the folder `work`, with `factor` times the optimizer's usual learning rate."""
-    task = json.loads((Path(work) / "task.json").read_text())
-    train, test, answers = task["train"], task["test"], task["answers"]
-    fields = {"model": task["model"], "data": "demo", "schedule": "constant:warmup=0", "seed": seed, "steps": steps}
-    job = TuneJob.from_dict(fields | {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH} | settings)
-    pool = install_pool()
-    decoder = load(job.model, DTYPES[job.dtype], "cpu", make("format", job.format))
-    assembly = assemble(job, decoder)
-    lr, rng, losses, walls = assembly.lr * factor, np.random.default_rng(seed), [], []
-    before = accuracy(decoder, test, answers)
-    decoder.train()
+def learn(job: TuneJob, task: dict[str, Any], steps: int, factor: float) -> dict[str, Any]:
+    """Train with `factor` times the optimizer's usual learning rate."""
+    assembly, train, test, answers = _assembly(job), task["train"], task["test"], task["answers"]
+    lr, rng, losses, walls = assembly.lr * factor, np.random.default_rng(job.seed), [], []
+    before = accuracy(assembly.model, test, answers)
+    assembly.model.train()
     for _ in range(steps):
         batch, began = batch_of([train[i] for i in rng.choice(len(train), BATCH, replace=False)], answers), time.time()
         losses.append(float(train_step(assembly, [batch], lr)["loss"]))
         walls.append(time.time() - began)
-    longest = batch_of(sorted(train, key=lambda example: -len(example[0]))[:BATCH], answers)
-    found = {"lr": lr, "before": before, "after": accuracy(decoder, test, answers), "losses": losses}
-    peaks = {}
+    after = accuracy(assembly.model, test, answers)
+    return {"lr": lr, "before": before, "after": after, "losses": losses, "wall_s": median(walls)}
+
+
+def peaks(job: TuneJob, task: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of tensors at the peak of inference and of the second step, on the longest rows; and what was rehearsed."""
+    pool = install_pool()
+    if pool is None:
+        raise SystemExit("bench/zeroth counts bytes in the page pool, which needs Linux and a C++ compiler")
+    assembly = _assembly(job)
+    longest = batch_of(sorted(task["train"], key=lambda example: -len(example[0]))[:BATCH], task["answers"])
+    found = {}
     for name, call in (
         ("inference", lambda: mean_loss(assembly, [longest])),
-        ("training", lambda: train_step(assembly, [longest], 0.0)),
+        ("training", lambda: [train_step(assembly, [longest], 0.0) for _ in range(2)]),
     ):
-        if pool:
-            pool.reset_peak()
+        pool.reset_peak()
         call()
-        peaks[f"{name}_bytes"] = pool.peak_bytes if pool else None
-    return found | peaks | {"wall_s": median(walls)}
+        found[f"{name}_bytes"] = pool.peak_bytes
+    phases = {phase.name: phase.peak_bytes for phase in rehearse(job, assembly.model.config, longest.lengths).phases}
+    return found | {"rehearsed_bytes": phases["train"]}
+
+
+def _assembly(job: TuneJob) -> Assembly:
+    install_pool()
+    return assemble(job, load(job.model, DTYPES[job.dtype], "cpu", make("format", job.format)))
+
+
+def main(work: str, what: str, examples: int, seed: int = 0, **argument: Any) -> dict[str, Any]:
+    """What one process measures of the task in the folder `work`."""
+    task = json.loads((Path(work) / f"task-{examples}.json").read_text())
+    sizes = {name: argument.pop(name) for name in ("steps", "factor") if name in argument}
+    fields = {"model": task["model"], "data": "demo", "schedule": "constant:warmup=0", "seed": seed}
+    job = TuneJob.from_dict(fields | {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH} | argument)
+    return {"learn": learn, "peaks": peaks}[what](job, task, **sizes)
 
 
 if __name__ == "__main__":

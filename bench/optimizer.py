@@ -1,17 +1,22 @@
 """Every optimizer on the same jobs: `satchel bench optimizer`, or `python -m bench.optimizer --help`.
 
-Two jobs that train all parameters in bf16 on Python's own language reference, 4 rows of 256 tokens a step: tuning
-SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens. An optimizer's
-learning rate is the best of a few around its own usual one, found with a seed that is not among those reported. Seeds
-change the order of the rows and the noise of rounding. The loss is held out; its ratio is to AdamW's of the same seed.
+Two jobs that train all parameters in bf16 on Python's own language reference, 2 rows of 128 tokens a step: tuning
+SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens, four times as long.
+Blocks are recomputed, so that weights, gradients and state are what a peak is made of. An optimizer's learning rate is
+found by doubling and halving its usual one for as long as that helps, in short runs with a seed that is not among those
+reported; AdamW's too. Seeds change the order of the rows and the noise of rounding. The loss is held out; its ratio is
+to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed.
+
+Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
+rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,81 +24,94 @@ from typing import Any
 import numpy as np
 
 from bench import tune
-from bench._harness import RESULTS, interleave, measure, median, write
+from bench._harness import RESULTS, add_work, interleave, median, once, told, workplace, write
 from bench._toy import toy
-from bench._tune_loop import BATCH, CONTEXT, Tokens
+from bench._tune_loop import Tokens
 from bench._tune_satchel import rows
 from satchel.core import book
 from satchel.core.job import TuneJob
 from satchel.model.config import ModelConfig
 from satchel.model.source import find_source
-from satchel.run.rehearse import rehearse
+from satchel.run.rehearse import Rehearsal, rehearse
 
-PATIENCE_S = 3600
+PATIENCE_S = 7200
 MIB = 1 << 20
 BASE = "adamw"
+BATCH, CONTEXT = 2, 128
+PLAIN = {"dtype": "bf16", "adapter": "none", "activations": "full"}
+PLAIN |= {"batch": BATCH, "micro_batch": BATCH, "context": CONTEXT}
 VOCABULARY = 4096  # of the model from scratch; rarer tokens are one
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
 SWEEP_SEED = 100
-RANKED = ("galore", "apollo", "owlore", "gradnormlorp")  # a quarter of the model's width
-EVERY_LAYER = {"badam": "badam:period=5"}  # of 30 has its turn within 150 steps
+MOST = 4  # doublings of a usual learning rate, and halvings
+TIMED = 6  # steps of a run that is timed
+LEAN = "moments=8bit"
+LISA, WIDER_LISA = "lisa:period=5", "lisa:gamma=4,period=5"
+RANKED = ("galore", "natural_galore", "apollo", "gradnormlorp")  # a quarter of the model's width
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all optimizers are tried on; `factors` are tried on each one's usual learning rate."""
+    """What all optimizers are tried on."""
 
     name: str
-    base: float  # AdamW's learning rate
-    settings: dict[str, str]  # optimizers with knobs that suit this model
+    base: float  # AdamW's usual learning rate
+    rank: int  # a quarter of the model's width
+    turn: int  # steps in which BAdam trains one layer
+    length: int = 1  # factor on the steps
 
     def rate(self, optimizer: str) -> float:
         """The learning rate around which an optimizer is tried: as far from AdamW's as its usual one."""
-        return book.make("optimizer", self.spelled(optimizer)).usual_lr(self.base, adapted=False)
+        return book.make("optimizer", optimizer).usual_lr(self.base, adapted=False)
 
-    def spelled(self, optimizer: str) -> str:
-        """The optimizer with its knobs."""
-        return self.settings.get(optimizer, optimizer)
+    def optimizers(self) -> list[str]:
+        """All of the book with knobs that suit a short run, and the leanest forms of some."""
+        knobs = {name: f"{name}:rank={self.rank},gap=40" for name in RANKED}
+        knobs |= {"badam": f"badam:period={self.turn}", "lisa": LISA}
+        knobs |= {"owlore": f"owlore:rank={self.rank},period=10", "frugal": "frugal:gap=40"}
+        found = [knobs.get(entry.name, entry.name) for entry in book.entries() if entry.slot == "optimizer"]
+        lean = [f"{knobs[name]},{LEAN}" for name in ("lisa", "owlore")]
+        return [*found, "lomo:form=ada", WIDER_LISA, *lean, f"{knobs['galore']},{LEAN},layerwise=true"]
 
 
 JOBS = (
-    Job(
-        "tuning SmolLM2-135M",
-        1e-4,
-        {name: f"{name}:rank=144" for name in RANKED} | EVERY_LAYER,
-    ),
-    Job(
-        "10M from scratch",
-        2e-3,
-        {name: f"{name}:rank=96" for name in RANKED} | EVERY_LAYER,
-    ),
+    Job("tuning SmolLM2-135M", 1e-4, rank=144, turn=2),
+    Job("10M from scratch", 2e-3, rank=96, turn=16, length=4),
 )
 
 
-def measured() -> list[str]:
-    """The optimizers that the bench tries: all of the book."""
-    return [entry.name for entry in book.entries() if entry.slot == "optimizer"]
-
-
 def prepare(folder: Path, job: Job, steps: int, seeds: list[int], quick: bool) -> None:
-    """Write the job's model once and, for each seed, the tokens in that seed's order."""
-    folder.mkdir()
-    if job is JOBS[0] and not quick:
-        tune.prepare(folder, steps)
-    else:
-        sizes = {"width": 192, "layers": 1} if quick else {"width": 384, "layers": 5}
-        toy(folder / "random", **sizes, vocabulary=VOCABULARY)
-        tune.prepare(folder, steps, model=str(folder / "random"), tokenizer="demo")
-    tokens = Tokens.read(folder / "tokens.npz")
-    if (folder / "random").exists():
+    """Write the job's model and, for each seed, the tokens in that seed's order; once."""
+    source = folder / "source"
+    if not (source / "tokens.npz").exists():
+        source.mkdir(parents=True, exist_ok=True)
+        write_source(source, job, quick)
+    tokens = Tokens.read(source / "tokens.npz")
+    if (source / "random").exists():
         tokens = fewer(tokens, VOCABULARY)
     stream = rows(tokens.train_MC)
     for seed in seeds:
-        home = folder / str(seed)
-        home.mkdir()
-        (home / "model").symlink_to(folder / "model")
-        order_SB = np.stack([stream.step_rows(step, BATCH, seed, steps * BATCH) for step in range(steps)])
-        Tokens(tokens.train_MC, tokens.held_out_MC, order_SB).write(home / "tokens.npz")
+        home = folder / order(steps, seed)
+        if not home.exists():
+            order_SB = np.stack([stream.step_rows(step, BATCH, seed, steps * BATCH) for step in range(steps)])
+            home.mkdir()
+            (home / "model").symlink_to(source / "model")
+            Tokens(tokens.train_MC, tokens.held_out_MC, order_SB).write(home / "tokens.npz")
+
+
+def write_source(source: Path, job: Job, quick: bool) -> None:
+    """The job's model, its tokenizer's tokens."""
+    if job is JOBS[0] and not quick:
+        tune.prepare(source, steps=1, context=CONTEXT)
+        return
+    sizes = {"width": 192, "layers": 1} if quick else {"width": 384, "layers": 5}
+    toy(source / "random", **sizes, vocabulary=VOCABULARY)
+    tune.prepare(source, steps=1, model=str(source / "random"), tokenizer="demo", context=CONTEXT)
+
+
+def order(steps: int, seed: int) -> str:
+    """The folder of a seed's order of rows."""
+    return f"seed {seed}, {steps} steps"
 
 
 def fewer(tokens: Tokens, vocabulary: int) -> Tokens:
@@ -107,45 +125,76 @@ def fewer(tokens: Tokens, vocabulary: int) -> Tokens:
 
 @dataclass(frozen=True)
 class Bench:
-    """The measurements of one call: runs by job, optimizer and learning rate."""
+    """The measurements of one call: runs by job, optimizer, learning rate and seed."""
 
     work: Path
     steps: int
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, job: Job, optimizer: str, lr: float, seed: int) -> dict[str, Any]:
-        """One training run in a process of its own."""
-        settings = {"optimizer": job.spelled(optimizer), "lr": lr, "seed": seed, "dtype": "bf16", "adapter": "none"}
-        argument = {"work": str(self.folder(job) / str(seed)), "steps": self.steps} | settings
-        found = measure("bench._tune_satchel", argument, PATIENCE_S)
-        line = {"job": job.name, "method": optimizer, "lr": lr, "seed": seed} | found
+        """One training run; with the sweep's seed it is short."""
+        steps = self.length(job) if seed != SWEEP_SEED else max(self.length(job) // 4, 1)
+        settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
+        home = self.folder(job) / order(self.length(job), seed)
+        found = once(self.folder(job), "bench._tune_satchel", settings, PATIENCE_S, work=str(home))
+        return self.note({"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed} | found)
+
+    def time(self, job: Job, optimizer: str, lr: float, number: int) -> None:
+        """A few steps on a quiet machine."""
+        settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": 0, "steps": min(TIMED, self.length(job))}
+        home = self.folder(job) / order(self.length(job), 0)
+        timed = self.folder(job) / "timed"
+        found = once(timed, "bench._tune_satchel", settings, PATIENCE_S, number, work=str(home))
+        self.note({"job": job.name, "optimizer": optimizer, "lr": lr, "timing": number} | found)
+
+    def note(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Keep a run for the report, and say so."""
         self.runs.append(line)
-        print(f"{job.name}, {job.spelled(optimizer)}, lr {lr:g}, seed {seed}: {said(found)}", flush=True)
+        what = f"seed {line['seed']}" if "seed" in line else "timed"
+        print(f"{line['job']}, {line['optimizer']}, lr {line['lr']:.3g}, {what}: {said(line)}", flush=True)
         return line
 
+    def length(self, job: Job) -> int:
+        """Steps of a reported run."""
+        return self.steps * job.length
+
     def folder(self, job: Job) -> Path:
-        """Where a job's model and tokens lie."""
+        """Where a job's model, tokens and runs lie."""
         return self.work / str(JOBS.index(job))
 
-    def best_rate(self, job: Job, optimizer: str, factors: list[float]) -> float:
-        """The learning rate with the least held-out loss of one run each."""
-        if len(factors) == 1:
-            return job.rate(optimizer) * factors[0]
-        found = [self.run(job, optimizer, job.rate(optimizer) * factor, SWEEP_SEED) for factor in factors]
-        return min(found, key=lambda line: finite(line.get("held_out")))["lr"]
+    def best_rate(self, job: Job, optimizer: str, most: int) -> float:
+        """The usual learning rate, doubled or halved for as long as the loss of a short run falls, `most` times."""
+
+        @cache
+        def loss(power: int) -> float:
+            return finite(self.run(job, optimizer, job.rate(optimizer) * 2.0**power, SWEEP_SEED).get("held_out"))
+
+        best = 0
+        for direction in (1, -1):
+            while abs(best + direction) <= most and loss(best + direction) < loss(best):
+                best += direction
+        return job.rate(optimizer) * 2.0**best
 
     def of(self, job: Job, optimizer: str, seeds: list[int]) -> list[dict[str, Any]]:
-        """The reported runs of one row, in the order of the seeds."""
-        wanted = (job.name, optimizer)
-        lines = [run for run in self.runs if (run["job"], run["method"]) == wanted and run["seed"] in seeds]
-        return sorted(lines, key=lambda line: line["seed"])
+        """The reported runs of one row that did not fail, in the order of the seeds."""
+        mine = [line for line in self.runs if self._is(line, job, optimizer)]
+        return [line for seed in seeds for line in mine if line.get("seed") == seed]
+
+    def seconds(self, job: Job, optimizer: str) -> float | None:
+        """Processor seconds of a step; None if no run was timed."""
+        timed = [line["cpu_s"] for line in self.runs if self._is(line, job, optimizer) and "timing" in line]
+        return median(timed) if timed else None
+
+    @staticmethod
+    def _is(line: dict[str, Any], job: Job, optimizer: str) -> bool:
+        return (line["job"], line["optimizer"]) == (job.name, optimizer) and "error" not in line
 
 
 def said(found: dict[str, Any]) -> str:
     """A run in some words."""
     if "error" in found:
         return found["error"]
-    return f"held out {found['held_out']:.4f}, {found['above_model_bytes'] / MIB:.0f} MiB, {found['cpu_s']:.2f} CPU s"
+    return f"held out {found['held_out']:.4f}, {found['tensor_bytes'] / MIB:.0f} MiB, {found['cpu_s']:.2f} CPU s"
 
 
 def finite(loss: float | None) -> float:
@@ -160,41 +209,52 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean(values), STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5
 
 
-def taken(line: dict[str, Any]) -> int:
-    """Bytes that a run took at its peak: the model, and all above it."""
-    return line["model_bytes"] + line["above_model_bytes"]
-
-
-def row(job: Job, optimizer: str, lines: list[dict[str, Any]], base: list[dict[str, Any]], accounts: dict) -> dict:
-    """One line of the table."""
-    cells: dict[str, Any] = {"job": job.name, "optimizer": job.spelled(optimizer)}
-    failed = [line["error"] for line in lines if "error" in line]
-    if failed or not lines:
-        return cells | {"peak": f"failed: {failed[0] if failed else 'not measured'}"}
-    loss, width = interval([line["held_out"] for line in lines])
-    paired = [line for line in zip(lines, base, strict=False) if "held_out" in line[1]]
-    ratio, spread = interval([ours["held_out"] / adamw["held_out"] for ours, adamw in paired]) if paired else (0.0, 0.0)
-    peak, peaks = median(map(taken, lines)), median(taken(line) for line in base if "model_bytes" in line)
+def row(job: Job, optimizer: str, bench: Bench, seeds: list[int], rehearsed: Rehearsal) -> dict[str, Any]:
+    """One line of the table; what was not measured is a dash."""
+    lines, base = (bench.of(job, name, seeds) for name in (optimizer, BASE))
+    cells: dict[str, Any] = {"job": job.name, "optimizer": optimizer}
+    if not lines:
+        return cells | {"lr": "not measured"}
+    ours, theirs = ({line["seed"]: line["held_out"] for line in some} for some in (lines, base))
+    ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+    loss, ratio = interval(list(ours.values())), interval(ratios or [math.nan])
+    peak, peaks = (median(line["tensor_bytes"] for line in some) for some in (lines, base or lines))
+    train = next(phase for phase in rehearsed.phases if phase.name == "train")
+    cpu = bench.seconds(job, optimizer)
     return cells | {
         "lr": f"{lines[0]['lr']:.2g}",
-        "held-out loss": f"{loss:.4f} ± {width:.4f}",
-        "loss ratio": f"{ratio:.4f} ± {spread:.4f}",
+        "held-out loss": f"{loss[0]:.4f} ± {loss[1]:.4f}",
+        "loss ratio": f"{ratio[0]:.4f} ± {ratio[1]:.4f}",
+        "seeds": len(lines),
         "peak, MiB": round(peak / MIB),
         "peak ratio": round(peak / peaks, 3),
+        "rehearsed": f"{train.peak_bytes / peak - 1:+.1%}",
+        "by account, MiB": ", ".join(f"{name} {size / MIB:.0f}" for name, size in train.accounts.items()),
         "state, MiB": round(median(line["state_bytes"] for line in lines) / MIB, 1),
-        "CPU s/step": round(median(line["cpu_s"] for line in lines), 3),
-        "rehearsed peak by account, MiB": ", ".join(f"{name} {size / MIB:.0f}" for name, size in accounts.items()),
+        "CPU s/step": "-" if cpu is None else round(cpu, 3),
     }
 
 
-def accounts(bench: Bench, job: Job, optimizer: str) -> dict[str, int]:
-    """Bytes by account at the peak of training, as the plan predicts them."""
-    model = str(bench.folder(job) / "model")
-    settings = {"optimizer": job.spelled(optimizer), "context": CONTEXT, "batch": BATCH, "micro_batch": BATCH}
-    fields = {"model": model, "data": "demo", "dtype": "bf16", "adapter": "none", "lr": 1e-4}
+def rehearsal(bench: Bench, job: Job, optimizer: str) -> Rehearsal:
+    """What the plan predicts of a run."""
+    model = str(bench.folder(job) / "source" / "model")
     config: ModelConfig = find_source(model).config
-    phases = rehearse(TuneJob.from_dict(fields | settings), config).phases
-    return next(phase.accounts for phase in phases if phase.name == "train")
+    return rehearse(TuneJob.from_dict(PLAIN | {"model": model, "data": "demo", "optimizer": optimizer}), config)
+
+
+def findings(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table shows in all: who is lean and good, and how far rehearsals were off."""
+    measured = [line for line in table if "peak ratio" in line]
+    errors = [abs(float(line["rehearsed"].rstrip("%"))) for line in measured]
+    found: dict[str, Any] = {"rehearsed peaks off by, median and worst, %": errors and [median(errors), max(errors)]}
+    for job in JOBS:
+        good = [line for line in measured if line["job"] == job.name and float(line["loss ratio"].split()[0]) <= 1.02]
+        found[f"{job.name}: loss <= 1.02 at peak <= 0.45"] = [x["optimizer"] for x in good if x["peak ratio"] <= 0.45]
+        state = {line["optimizer"]: line["state, MiB"] for line in measured if line["job"] == job.name}
+        if {LISA, WIDER_LISA} <= state.keys():
+            outside = 2 * state[LISA] - state[WIDER_LISA]  # two layers' state less
+            found[f"{job.name}: share of LISA's state that lies outside of the layers"] = outside / state[LISA]
+    return found
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
@@ -202,57 +262,86 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, job in zip(figure.subplots(1, len(JOBS)), JOBS, strict=True):
+        points = {}
         for line in table:
             if line["job"] == job.name and "loss ratio" in line:
-                point = line["peak ratio"], float(line["loss ratio"].split()[0])
-                panel.plot(*point, "o")
-                panel.annotate(line["optimizer"].partition(":")[0], point)
-        panel.set(title=job.name, xlabel="peak, AdamW's = 1", ylabel="held-out loss, AdamW's = 1")
+                points[line["optimizer"]] = line["peak ratio"], float(line["loss ratio"].split()[0])
+        front = sorted(point for point in points.values() if best_of_its_size(point, points.values()))
+        panel.plot(*zip(*front, strict=True), color="grey", linewidth=1) if front else None
+        for name, point in points.items():
+            panel.plot(*point, "o")
+            panel.annotate(name.replace(",", ",\n"), point, fontsize=7)
+        panel.axhline(1.02, color="grey", linestyle=":")
+        panel.axvline(0.45, color="grey", linestyle=":")
+        panel.set(title=job.name, xlabel="peak of tensors, AdamW's = 1", ylabel="held-out loss, AdamW's = 1")
     figure.savefig(path, dpi=110)
+
+
+def best_of_its_size(point: tuple[float, float], points: Any) -> bool:
+    """Whether no other point is lower on both axes."""
+    return not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of a run that tunes")
     parser.add_argument("--seeds", type=int, default=3, help="runs that are reported, 1 to 5")
-    parser.add_argument("--factors", default="0.3,1,3", help="on each optimizer's usual learning rate")
-    parser.add_argument("--only", default="", help="optimizers, separated by commas; AdamW always runs")
+    parser.add_argument("--sweep", type=int, default=MOST, help="doublings and halvings of a learning rate at most")
+    parser.add_argument("--timings", type=int, default=2, help="short runs of each that are timed; 0: none")
+    parser.add_argument("--only", default="", help="words; optimizers whose spelling holds one, and AdamW")
+    parser.add_argument("--job", default="", help="jobs whose name holds this")
     parser.add_argument("--quick", action="store_true", help="2 steps of tiny models, one seed: a test of the bench")
+    add_work(parser)
     return parser.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> Path:
-    """Measure, and write bench/results/optimizer.json and .png; what was measured before an interruption is kept."""
+    """Measure, and write bench/results/optimizer.json and .png, also where it is interrupted."""
     asked = arguments(given)
     if asked.quick:
-        asked.steps, asked.seeds, asked.factors = 2, 1, "1"
-    seeds, factors = list(range(asked.seeds)), [float(factor) for factor in asked.factors.split(",")]
-    chosen = [name for name in measured() if not asked.only or name in {BASE, *asked.only.split(",")}]
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), asked.steps)
+        asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
+    seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
+    with workplace(None if asked.quick else asked.work) as work:
+        bench = Bench(work, asked.steps)
+        for job in jobs:
+            prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)
         try:
-            for job in JOBS:
-                prepare(bench.folder(job), job, asked.steps, [*seeds, SWEEP_SEED], asked.quick)
-                rates = {name: bench.best_rate(job, name, factors) for name in chosen}
-                for number, name in enumerate(interleave(chosen, len(seeds))):
-                    bench.run(job, name, rates[name], number // len(chosen))
+            train(bench, jobs, seeds, asked)
         finally:
-            path = report(bench, chosen, seeds, asked)
+            path = report(bench, jobs, seeds, asked)
     return path
 
 
-def report(bench: Bench, chosen: list[str], seeds: list[int], asked: argparse.Namespace) -> Path:
+def train(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Namespace) -> None:
+    """Every run, seed by seed, each optimizer's learning rate before its first; then what is timed."""
+    rates = {}
+    for seed in seeds:
+        for job in jobs:
+            for name in chosen(job, asked):
+                if seed == seeds[0]:
+                    rates[job, name] = bench.best_rate(job, name, asked.sweep)
+                bench.run(job, name, rates[job, name], seed)
+    for number, (job, name) in enumerate(interleave(rates, asked.timings)):
+        bench.time(job, name, rates[job, name], number // len(rates))
+
+
+def chosen(job: Job, asked: argparse.Namespace) -> list[str]:
+    """The optimizers that are asked for."""
+    words = asked.only.split() or [""]
+    return [name for name in job.optimizers() if name == BASE or any(word in name for word in words)]
+
+
+def report(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Namespace) -> Path:
     """Write what was found."""
-    table = []
-    for job in (job for job in JOBS if bench.of(job, BASE, seeds)):
-        base = bench.of(job, BASE, seeds)
-        table += [row(job, name, bench.of(job, name, seeds), base, accounts(bench, job, name)) for name in chosen]
-    title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, {asked.seeds} seeds"
-    path = write("optimizer", title, table, arguments=vars(asked), runs=bench.runs)
+    cases = [(job, name) for job in jobs for name in chosen(job, asked)]
+    table = [row(job, name, bench, seeds, rehearsal(bench, job, name)) for job, name in cases]
+    title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 4 times that"
+    rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs}
+    path = write("optimizer", title, table, quiet=True, **rest)
     draw(table, RESULTS / "optimizer.png")
     return path
 

@@ -127,13 +127,13 @@ SLOTS = (
 )
 
 
-def prepare(work: Path, steps: int, model: str = "demo", tokenizer: str = "") -> None:
+def prepare(work: Path, steps: int, model: str = "demo", tokenizer: str = "", context: int = CONTEXT) -> None:
     """Write the model and the tokens that all measurements read; `tokenizer` is a model with the one to use."""
     source = find_source(tokenizer or model)
     satchel.save(satchel.load(model, torch.bfloat16), work / "model", tokenizer_from=source)
     ids = satchel.load_tokenizer(source).encode("\n\n".join(topics[name] for name in sorted(topics)))
-    count = (len(ids) - 1) // CONTEXT
-    blocks_MC = np.stack([ids[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(count)]).astype(np.int32)
+    count = (len(ids) - 1) // context
+    blocks_MC = np.stack([ids[i * context : (i + 1) * context + 1] for i in range(count)]).astype(np.int32)
     shuffled_MC = blocks_MC[np.random.default_rng(0).permutation(count)]
     held_out_MC, train_MC = shuffled_MC[:HELD_OUT], shuffled_MC[HELD_OUT:]
     stream = rows(train_MC)

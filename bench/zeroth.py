@@ -13,8 +13,8 @@ import argparse
 import inspect
 import json
 import re
-import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import satchel
-from bench._harness import interleave, measure, median, write
+from bench._harness import RESULTS, add_work, interleave, median, once, told, workplace, write
 from bench._zeroth_run import CONTEXT
 from satchel.model.source import find_source
 
@@ -31,6 +31,7 @@ PATIENCE_S = 3600
 MIB = 1 << 20
 PROMPT = "Sentence: {}\nQuestion: Is it about the Python language or about neural networks?\nAnswer: It is about"
 ANSWERS = (" Python", " neural")
+Case = tuple[str, str]  # what trains, by which method
 SCHEMES = {"LoRA r=8": {"adapter": "lora:rank=8"}, "all weights": {"adapter": "none"}}
 METHODS = (
     "adamw",
@@ -42,6 +43,8 @@ METHODS = (
     "mezo_hybrid",
     "forward_gradient",
 )
+COLUMNS = ("lr", "accuracy before", "accuracy", "range", "first losses", "last losses")
+COLUMNS += ("peak, MiB", "peak over inference", "rehearsed", "s/step")
 WORDS = (8, 30)  # of a sentence
 TEST = 128  # sentences that are held out
 
@@ -78,20 +81,21 @@ def task(model: str, tokenizer: Any, examples: int) -> dict[str, Any]:
     return {"model": model, "train": labelled[TEST:], "test": labelled[:TEST], "answers": answers}
 
 
-def row(scheme: str, method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the table: medians over the seeds."""
-    cells: dict[str, Any] = {"trained": scheme, "optimizer": method}
-    failed = [run["error"] for run in runs if "error" in run]
+def row(scheme: str, method: str, runs: list[dict[str, Any]], peaks: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table: medians over the seeds; what was not measured is a dash."""
+    cells: dict[str, Any] = {"trained": scheme, "optimizer": method} | dict.fromkeys(COLUMNS, "-")
+    if peaks.get("inference_bytes"):
+        training, inference = peaks["training_bytes"], peaks["inference_bytes"]
+        cells |= {"peak, MiB": round(training / MIB), "peak over inference": round(training / inference, 3)}
+        cells["rehearsed"] = f"{peaks['rehearsed_bytes'] / training - 1:+.1%}"
+    failed = [run["error"] for run in (peaks, *runs) if "error" in run]
     if failed or not runs:
-        return cells | {"accuracy": f"failed: {failed[0] if failed else 'not measured'}"}
+        return cells | {"accuracy": f"failed: {failed[0]}" if failed else "not measured"}
     middle = {name: median(run[name] for run in runs) for name in ("lr", "before", "after", "wall_s")}
     cells |= {"lr": f"{middle['lr']:.2g}", "accuracy before": middle["before"], "accuracy": middle["after"]}
     cells["range"] = f"{min(run['after'] for run in runs):.3f}-{max(run['after'] for run in runs):.3f}"
     first, last = (median(np.mean(run["losses"][part]) for run in runs) for part in (slice(10), slice(-10, None)))
     cells |= {"first losses": round(float(first), 3), "last losses": round(float(last), 3)}
-    if all(run["inference_bytes"] for run in runs):
-        training, inference = (median(run[f"{name}_bytes"] for run in runs) for name in ("training", "inference"))
-        cells |= {"peak, MiB": round(training / MIB), "peak over inference": round(training / inference, 3)}
     return cells | {"s/step": round(middle["wall_s"], 2)}
 
 
@@ -104,27 +108,60 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=512, help="sentences to train on")
     parser.add_argument("--only", default="", help="methods, separated by spaces")
     parser.add_argument("--scheme", default="", help="schemes whose name holds this")
+    add_work(parser)
     return parser.parse_args(given)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """The measurements of one call, by what trains and how."""
+
+    work: Path
+    asked: argparse.Namespace
+    peaks: dict[Case, dict[str, Any]] = field(default_factory=dict)
+    found: dict[Case, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def peak(self, case: Case) -> None:
+        """What a step takes, and inference."""
+        self.peaks[case] = self._once(case, {"what": "peaks"})
+
+    def run(self, case: Case, seed: int) -> dict[str, Any]:
+        """Some steps of training."""
+        sizes = {"what": "learn", "steps": self.asked.steps, "seed": seed, "factor": self.asked.factor}
+        run = self._once(case, sizes)
+        self.found.setdefault(case, []).append(run)
+        return run
+
+    def _once(self, case: Case, sizes: dict[str, Any]) -> dict[str, Any]:
+        settings = {"dtype": "bf16", "optimizer": case[1], "examples": self.asked.examples} | SCHEMES[case[0]] | sizes
+        return once(self.work, "bench._zeroth_run", settings, PATIENCE_S, work=str(self.work))
+
+
 def main(given: list[str] | None = None) -> Path:
-    """Measure, and write bench/results/zeroth.json after every run: an interrupted bench keeps what it has."""
+    """Measure, and write bench/results/zeroth.json after every run."""
     asked = arguments(given)
     methods = asked.only.split() or list(METHODS)
-    schemes = [scheme for scheme in SCHEMES if asked.scheme in scheme]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = satchel.load_tokenizer(find_source("demo"))
-        (Path(folder) / "task.json").write_text(json.dumps(task("demo", tokenizer, asked.examples)))
-        cases = interleave([(scheme, method) for scheme in schemes for method in methods], asked.seeds)
-        for number, case in enumerate(cases):
-            settings = {"steps": asked.steps, "seed": number // (len(schemes) * len(methods)), "factor": asked.factor}
-            argument = {"work": folder, "dtype": "bf16", "optimizer": case[1]} | settings | SCHEMES[case[0]]
-            run = measure("bench._zeroth_run", argument, PATIENCE_S)
-            found.setdefault(case, []).append(run)
-            print(f"[{number + 1}/{len(cases)}] {', '.join(case)}: {said(run)}", flush=True)
-            path = report(found, schemes, methods, asked)
+    cases = [(scheme, method) for scheme in SCHEMES if asked.scheme in scheme for method in methods]
+    path = RESULTS / "zeroth.json"
+    with workplace(asked.work) as work:
+        bench = Bench(work, asked)
+        prepare(work, asked.examples)
+        for case in cases:
+            bench.peak(case)
+            path = report(bench, cases)
+        for number, case in enumerate(interleave(cases, asked.seeds)):
+            run = bench.run(case, number // len(cases))
+            print(f"[{number + 1}/{len(cases) * asked.seeds}] {', '.join(case)}: {said(run)}", flush=True)
+            path = report(bench, cases)
     return path
+
+
+def prepare(work: Path, examples: int) -> None:
+    """Write the task of so many examples, once."""
+    file = work / f"task-{examples}.json"
+    if not file.exists():
+        tokenizer = satchel.load_tokenizer(find_source("demo"))
+        file.write_text(json.dumps(task("demo", tokenizer, examples)))
 
 
 def said(run: dict[str, Any]) -> str:
@@ -132,15 +169,14 @@ def said(run: dict[str, Any]) -> str:
     return run.get("error") or f"accuracy {run['before']:.3f} to {run['after']:.3f}, {run['wall_s']:.2f} s/step"
 
 
-def report(
-    found: dict[tuple[str, str], list[dict[str, Any]]], schemes: list[str], methods: list[str], asked: Any
-) -> Path:
+def report(bench: Bench, cases: list[Case]) -> Path:
     """Write what was found so far."""
-    cases = [(scheme, method) for scheme in schemes for method in methods if (scheme, method) in found]
+    asked = bench.asked
     title = f"SmolLM2-135M, bf16, two classes of sentences, {asked.steps} steps of 8, {asked.seeds} seeds"
-    table = [row(scheme, method, found[scheme, method]) for scheme, method in cases]
-    runs = [{"trained": scheme, "optimizer": method, "runs": found[scheme, method]} for scheme, method in cases]
-    return write("zeroth", title, table, quiet=True, arguments=vars(asked), runs=runs)
+    table = [row(*case, bench.found.get(case, []), bench.peaks.get(case, {})) for case in cases]
+    runs = [{"trained": case[0], "optimizer": case[1], "runs": bench.found.get(case, [])} for case in cases]
+    rest = {"arguments": told(asked), "peaks": list(bench.peaks.values()), "runs": runs}
+    return write("zeroth", title, table, quiet=True, **rest)
 
 
 if __name__ == "__main__":

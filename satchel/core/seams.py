@@ -142,7 +142,8 @@ class OptimizerMethod(Method):
         """
 
     def together(self, sizes: Sequence[int], below: bool) -> Sequence[Collection[int]]:
-        """Sets of layers that may train at once, the one of the highest peak among them; all layers, unless in turns.
+        """Sets of layers that may train at once: the first takes as long as they do on average, and the one of the
+        highest peak is among them. All layers, unless they train in turns.
 
         `sizes` are the parameters of each layer; `below` says whether what lies below the layers trains, so that the
         backward pass goes through all of them whichever train. The rehearsal takes steps with each of the sets.

@@ -83,13 +83,18 @@ class Sampler:
         """See `OptimizerMethod.together`.
 
         The largest blocks; of equal ones the last, whose gradients come while the others' activations are still there.
-        If nothing below trains, the backward pass ends at the first that does: it is the longest with block 0.
+        If nothing below trains, the backward pass ends at the first that does: it is the longest with block 0, and as
+        long as on average with blocks in the middle, or evenly spread.
         """
         heaviest = sorted(range(len(sizes)), key=lambda block: (sizes[block], block))[-self.at_once :]
-        longest = frozenset([0, *heaviest[1:]])
-        if below or 0 in heaviest:
+        if below or self.at_once >= len(sizes):
             return [frozenset(heaviest)]
-        return [longest] if sizes[0] == sizes[heaviest[0]] else [longest, frozenset(heaviest)]
+        apart = (len(sizes) + 1) / (self.at_once + 1)
+        average = frozenset(int((place + 1) * apart) - 1 for place in range(self.at_once))
+        highest = [frozenset([0, *heaviest[1:]])] if 0 not in heaviest else []
+        if not highest or sizes[0] != sizes[heaviest[0]]:
+            highest.append(frozenset(heaviest))
+        return [average, *highest]
 
 
 def _arrival(weight: float, rng: random.Random) -> float:

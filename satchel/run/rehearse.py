@@ -51,14 +51,8 @@ class Rehearsal:
     work: Counter[Work]  # of one optimizer step
     tokens: int  # of one optimizer step
     phase_work: dict[str, Counter[Work]]  # of load, an evaluation of one micro-batch, merge and its check, save
-    micro_batches: int = 1  # of one optimizer step
+    second_tier_bytes: int = 0  # what a step's forward passes move out of the device at most, and bring back
     step: tuple[Segment, ...] = field(default=(), repr=False, compare=False)  # one, of the layers that were run
-
-    @property
-    def second_tier_bytes(self) -> int:
-        """What a step's forward passes move out of the device at most, and its backward passes bring back."""
-        spilled = sum(item.moved_bytes * count for item, count in self.work.items() if item.kind.startswith(SPILL))
-        return spilled // self.micro_batches
 
     @property
     def peak(self) -> Phase:
@@ -80,11 +74,14 @@ def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), devic
     """Rehearse a tune job; it takes about a second, whatever the model's size.
 
     `lengths` are the documents of its largest micro-batch; without, rows of the full context. Raises UserError where
-    the job itself would. Where layers train in turns, it is the turn of the highest peak.
+    the job itself would. Where layers train in turns, peaks are those of the turn with the highest, and work is that of
+    an average turn.
     """
     turns = make("optimizer", job.optimizer).together(config.layer_parameters, below=job.adapter == "none")
-    found = (_rehearse(job, config, lengths, device, frozenset(turn)) for turn in turns)
-    return max(found, key=lambda rehearsal: rehearsal.peak.peak_bytes)
+    found = [_rehearse(job, config, lengths, device, frozenset(turn)) for turn in turns]
+    highest = max(found, key=lambda rehearsal: rehearsal.peak.peak_bytes)
+    moved = max(rehearsal.second_tier_bytes for rehearsal in found)
+    return dataclasses.replace(highest, work=found[0].work, second_tier_bytes=moved)
 
 
 def _rehearse(
@@ -113,7 +110,9 @@ def _rehearse(
     work = Counter({item: count * micro_batches // len(batches) for item, count in work.items()})
     work.update(_scaled(update, len(trained & set(layers)), len(trained)))
     phases = _phase_work(tracker.segments, stands)
-    return Rehearsal(tuple(extend(tracker, stands)), work, job.batch * job.context, phases, micro_batches, tuple(step))
+    moved = sum(item.moved_bytes * count for item, count in work.items() if item.kind.startswith(SPILL))
+    tokens = job.batch * job.context
+    return Rehearsal(tuple(extend(tracker, stands)), work, tokens, phases, moved // micro_batches, tuple(step))
 
 
 @dataclass(frozen=True)

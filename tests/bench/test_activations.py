@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import activations
+from bench import _activations_run, activations
 from bench._activations_run import documents, padded, text_N, together
 from satchel.model.batch import IGNORE, Batch, whole
 from satchel.train.causal_lm import CausalLM
@@ -15,21 +15,24 @@ from tests.train.toys import toy_decoder
 
 
 def test_contexts_are_the_sizes_that_batches_have():
-    sizes = activations.contexts()
+    sizes = _activations_run.contexts()
     assert sizes == sorted(set(sizes)) and all(whole(size) == size for size in sizes)
-    assert set(range(64, 512, 64)) <= set(sizes) and sizes[-1] == activations.LONGEST
+    assert set(range(64, 512, 64)) <= set(sizes) and sizes[-1] == _activations_run.LONGEST
 
 
 @pytest.mark.parametrize("most", [63, 64, 3000, 1 << 20])
 def test_the_longest_context_is_the_last_that_fits(monkeypatch, most):
-    def rung(job):
-        return SimpleNamespace(fits=job.context <= most, job=job)
+    rehearsal = SimpleNamespace(peak=SimpleNamespace(peak_bytes=1), second_tier_bytes=0)
 
-    monkeypatch.setattr(activations, "Pricing", lambda *_: SimpleNamespace(rung=rung))
-    monkeypatch.setattr(activations, "device", lambda kind: None)
-    found = activations.longest("full", 0)
-    fitting = [size for size in activations.contexts() if size <= most]
-    assert (found.job.context if found else None) == (fitting[-1] if fitting else None)
+    def rung(job):
+        return SimpleNamespace(fits=job.context <= most, job=job, peak_bytes=2, seconds_per_step=3, rehearsal=rehearsal)
+
+    monkeypatch.setattr(_activations_run, "Pricing", lambda *_: SimpleNamespace(rung=rung))
+    monkeypatch.setattr(_activations_run, "device", lambda kind: None)
+    monkeypatch.setattr(_activations_run, "warm_up", lambda *_: None)
+    found = _activations_run.longest("full", 0)
+    fitting = [size for size in _activations_run.contexts() if size <= most]
+    assert found.get("context") == (fitting[-1] if fitting else None)
 
 
 def test_packed_and_padded_documents_have_the_same_loss_and_gradient():
@@ -55,10 +58,14 @@ def test_documents_follow_one_another_in_the_text():
 
 def test_the_table_has_a_row_for_each_policy_also_where_a_run_failed():
     ran = {"context": 512, "predicted_bytes": 1 << 30, "predicted_s": 2.0, "peak_bytes": 1 << 30}
-    ran |= {"tokens_per_second": 99.6}
+    ran |= {"predicted_tensor_bytes": 99, "tensor_bytes": 100, "tokens_per_second": 99.6}
     rows = [
-        {"policy": "none", "1.00 GiB": ran, "4.00 GiB": "does not fit"},
-        {"policy": "lemo", "1.00 GiB": {"context": 64, "error": "no memory"}},
+        {"policy": "none", "1.00 GiB": ran, "4.00 GiB": {}},
+        {
+            "policy": "lemo",
+            "1.00 GiB": {"context": 64, "error": "no memory"},
+            "4.00 GiB": ran | {"tokens_per_second": None},
+        },
     ]
     lossy = [
         {"policy": p, "at_random": r, "after": a} for p, r, a in (("none", False, 2.0), ("lemo:keep=0.5", False, 2.1))
@@ -66,6 +73,7 @@ def test_the_table_has_a_row_for_each_policy_also_where_a_run_failed():
     first, second = activations.table(rows, [1 << 30, 4 << 30], lossy)
     assert (first["tokens/s, 1.00 GiB"], first["longest context, 4.00 GiB"]) == (100, "does not fit")
     assert (second["peak, 1.00 GiB"], second["held-out loss ratio"]) == ("failed", "1.0500")
+    assert (first["tensors rehearsed, 1.00 GiB"], second["tokens/s, 4.00 GiB"]) == ("-1.0%", "-")
     assert first.keys() == second.keys() and json.dumps([first, second])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import continual
+from bench import _harness, continual
 from satchel.core.job import PretrainJob
 from satchel.model.source import find_source, load_tokenizer
 
@@ -50,7 +50,7 @@ def test_findings_are_ratios_of_means_of_the_runs_that_are_there(bench):
 def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        continual,
+        _harness,
         "measure",
         lambda module, fields, limit: (
             calls.append(fields) or {"losses": {"old": [[0, 1.0]], "new": [[0, 1.0]]}, "cpu_s": 1.0}
@@ -61,6 +61,9 @@ def test_a_run_that_is_there_is_not_run_again(tmp_path, monkeypatch):
     assert continual.Bench(tmp_path, 10, 5).run(continual.RUNS[0], 0) == first and len(calls) == 1
     continual.Bench(tmp_path, 20, 5).run(continual.RUNS[0], 0)
     assert len(calls) == 2
+    for run in continual.RUNS[1:]:
+        continual.Bench(tmp_path, 10, 5).run(run, 0)
+    assert len(calls) == 1 + len(continual.RUNS)  # no two of them are taken for one another
 
 
 def test_the_gaps_are_drawn(bench, tmp_path):

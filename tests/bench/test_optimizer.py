@@ -1,34 +1,37 @@
 """The optimizers' bench runs all of them on the same rows, and says how sure it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import optimizer
+from bench import _harness, optimizer
 from bench._tune_loop import Tokens
 from satchel.core import book
+
+SMALL = optimizer.JOBS[1]
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     made = optimizer.Bench(tmp_path_factory.mktemp("optimizer"), steps=2)
-    for job in optimizer.JOBS:
-        optimizer.prepare(made.folder(job), job, 2, [0, 1], quick=True)
+    optimizer.prepare(made.folder(SMALL), SMALL, made.length(SMALL), [0, 1, optimizer.SWEEP_SEED], quick=True)
     return made
 
 
 def test_every_optimizer_of_the_book_is_measured_and_spelled_as_it_may_be():
-    names = optimizer.measured()
-    assert optimizer.BASE in names
     for job in optimizer.JOBS:
-        assert set(job.settings) <= set(names)
-        assert all(book.make("optimizer", job.spelled(name)).name == name for name in names)
+        names = {book.make("optimizer", spelling).name for spelling in job.optimizers()}
+        assert names == {entry.name for entry in book.entries() if entry.slot == "optimizer"}
+        assert {optimizer.BASE, optimizer.LISA, optimizer.WIDER_LISA} <= set(job.optimizers())
+        assert len(set(job.optimizers())) == len(job.optimizers())
         assert job.rate("adamw") == job.base and job.rate("galore") == pytest.approx(4 * job.base)
 
 
 def test_seeds_see_the_same_rows_in_another_order_and_nothing_that_is_held_out(bench):
-    first, second = (Tokens.read(bench.folder(optimizer.JOBS[1]) / str(seed) / "tokens.npz") for seed in (0, 1))
+    homes = (bench.folder(SMALL) / optimizer.order(bench.length(SMALL), seed) for seed in (0, 1))
+    first, second = (Tokens.read(home / "tokens.npz") for home in homes)
     assert (first.train_MC == second.train_MC).all() and (first.order_SB != second.order_SB).any()
     assert not {row.tobytes() for row in first.held_out_MC} & {row.tobytes() for row in first.train_MC}
 
@@ -41,16 +44,42 @@ def test_fewer_tokens_keep_the_frequent_ones_apart():
 
 
 def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
-    monkeypatch.setattr(optimizer, "measure", in_process)
-    job = optimizer.JOBS[1]
+    monkeypatch.setattr(_harness, "measure", in_process)
     for name in (optimizer.BASE, "adamw8bit"):
-        bench.run(job, name, 1e-3, seed=0)
-    base, ours = (bench.of(job, name, [0]) for name in (optimizer.BASE, "adamw8bit"))
-    line = optimizer.row(job, "adamw8bit", ours, base, optimizer.accounts(bench, job, "adamw8bit"))
-    assert float(line["loss ratio"].split()[0]) == pytest.approx(1, abs=0.02)
-    assert line["state, MiB"] < 0.6 * optimizer.median(run["state_bytes"] for run in base) / optimizer.MIB
-    assert "optimizer" in line["rehearsed peak by account, MiB"]
-    json.dumps(line)
+        bench.run(SMALL, name, 1e-3, seed=0)
+        bench.time(SMALL, name, 1e-3, 0)
+    ours = optimizer.row(SMALL, "adamw8bit", bench, [0], optimizer.rehearsal(bench, SMALL, "adamw8bit"))
+    base = optimizer.row(SMALL, optimizer.BASE, bench, [0], optimizer.rehearsal(bench, SMALL, optimizer.BASE))
+    assert float(ours["loss ratio"].split()[0]) == pytest.approx(1, abs=0.02)
+    assert ours["state, MiB"] < 0.6 * base["state, MiB"] and ours["peak ratio"] < base["peak ratio"] == 1
+    assert all(abs(float(line["rehearsed"].rstrip("%"))) < 5 and line["CPU s/step"] > 0 for line in (ours, base))
+    assert "optimizer" in ours["by account, MiB"] and ours.keys() == base.keys()
+    json.dumps([ours, base])
+
+
+def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, monkeypatch):
+    usual, tried = SMALL.rate("lion"), []
+
+    def run(bench, job, optimizer, lr, seed):
+        tried.append(lr / usual)
+        return {"held_out": abs(lr / usual - 0.3)}
+
+    monkeypatch.setattr(optimizer.Bench, "run", run)
+    assert bench.best_rate(SMALL, "lion", 4) == usual / 4 and sorted(tried) == [0.125, 0.25, 0.5, 1, 2]
+    assert bench.best_rate(SMALL, "lion", 1) == usual / 2
+    assert bench.best_rate(SMALL, "lion", 0) == usual
+
+
+def test_what_is_lean_and_good_is_found():
+    line = {"job": SMALL.name, "loss ratio": "1.0100 ± 0.1", "peak ratio": 0.4, "rehearsed": "-1.5%", "state, MiB": 1}
+    fat, bad = line | {"peak ratio": 0.5}, line | {"loss ratio": "1.0300 ± 0.1"}
+    names = ("galore", optimizer.LISA, optimizer.WIDER_LISA)
+    table = [each | {"optimizer": name} for each, name in zip((line, fat, bad), names, strict=True)]
+    table[1]["state, MiB"], table[2]["state, MiB"] = 10, 14
+    found = optimizer.findings(table)
+    assert found[f"{SMALL.name}: loss <= 1.02 at peak <= 0.45"] == ["galore"]
+    assert found["rehearsed peaks off by, median and worst, %"] == [1.5, 1.5]
+    assert found[f"{SMALL.name}: share of LISA's state that lies outside of the layers"] == 0.6
 
 
 def in_process(module, argument, patience_s):
@@ -60,8 +89,7 @@ def in_process(module, argument, patience_s):
 
 
 def test_a_failure_is_a_row_too():
-    line = optimizer.row(optimizer.JOBS[0], "galore", [{"error": "no memory"}], [], {})
-    assert line["peak"] == "failed: no memory"
+    assert optimizer.row(SMALL, "galore", optimizer.Bench(Path("nowhere"), 2), [0], None)["lr"] == "not measured"
 
 
 def test_the_interval_holds_the_mean_of_few_runs_19_times_in_20():

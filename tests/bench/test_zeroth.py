@@ -52,12 +52,13 @@ def test_only_the_answer_is_learnt_and_right_is_who_finds_it_likelier():
 def test_every_method_is_spelled_as_it_may_be_and_a_failure_is_a_row_too():
     for method in zeroth.METHODS:
         book.check("optimizer", method)
-    assert zeroth.row("LoRA", "mezo", [{"error": "no memory"}])["accuracy"] == "failed: no memory"
+    assert zeroth.row("LoRA", "mezo", [{"error": "no memory"}], {})["accuracy"] == "failed: no memory"
 
 
 def test_a_row_holds_the_medians_of_its_runs():
     run = {"lr": 1e-4, "before": 0.5, "losses": [2.0] * 10 + [1.0] * 10, "wall_s": 1.0}
-    run |= {"inference_bytes": 100 << 20, "training_bytes": 103 << 20}
-    line = zeroth.row("LoRA", "mezo", [run | {"after": after} for after in (0.6, 0.9, 0.7)])
+    peaks = {"inference_bytes": 100 << 20, "training_bytes": 103 << 20, "rehearsed_bytes": 102 << 20}
+    line = zeroth.row("LoRA", "mezo", [run | {"after": after} for after in (0.6, 0.9, 0.7)], peaks)
     assert line["accuracy"] == 0.7 and line["range"] == "0.600-0.900" and line["peak over inference"] == 1.03
-    assert line["first losses"] == 2 and line["last losses"] == 1
+    assert line["first losses"] == 2 and line["last losses"] == 1 and line["rehearsed"] == "-1.0%"
+    assert line.keys() == zeroth.row("LoRA", "mezo", [], {}).keys()
