@@ -53,7 +53,7 @@ def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
     base = optimizer.row(SMALL, optimizer.BASE, bench, [0], optimizer.rehearsal(bench, SMALL, optimizer.BASE))
     assert float(ours["loss ratio"].split()[0]) == pytest.approx(1, abs=0.02)
     assert ours["state, MiB"] < 0.6 * base["state, MiB"] and ours["peak ratio"] < base["peak ratio"] == 1
-    assert 0 < base["CPU s/step"] and 0 < ours["CPU s/step"]
+    assert min(base["CPU s/step"], ours["CPU s/step"]) > 0
     (run,) = bench.of(SMALL, "adamw8bit", [0])
     train = next(phase for phase in rehearsed.phases if phase.name == "train")
     assert ours["rehearsed"] == f"{train.peak_bytes / run['tensor_bytes'] - 1:+.1%}"
