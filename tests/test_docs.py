@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from satchel.core.job import TuneJob
+from satchel.native.build import compiler
 from tests.test_house import FLAGS
 
 ROOT = Path(__file__).parent.parent
@@ -102,3 +103,11 @@ def test_the_demo_goes_from_plan_to_receipt():
     finished = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "too big" in finished.stdout and "Receipt" in finished.stdout
+
+
+def test_the_python_of_the_native_page_runs():
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    code = "".join(blocks(TEXT[ROOT / "docs" / "NATIVE.md"], "python"))
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from satchel.core.request import Logprob, Sampling
+from satchel.native import draw as native
 
 # V vocabulary, C kept tokens, R rows
 
 MASK = (1 << 64) - 1
 GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
-BITS = 24  # of the uniform numbers
+BITS = 23  # of the uniform numbers; with one more, half a step below 1 rounds to 1, and its noise is infinite
 FEW = (128, 2048)  # likeliest tokens that are tried first
 
 
@@ -69,6 +70,15 @@ def choose(logits_V: Tensor, how: Sampling, key: int = 0, history: History = His
     logits_V = adjusted(logits_V, how, history)
     if how.greedy:
         return likeliest(logits_V)
+    if native.takes(logits_V):
+        token = native.sample(logits_V, key, how.temperature, how.top_k, how.top_p, how.min_p)
+        if token is not None:
+            return token
+    return choose_in_torch(logits_V, how, key)
+
+
+def choose_in_torch(logits_V: Tensor, how: Sampling, key: int) -> int:
+    """A draw by definition, from logits after bias and penalties; what `choose` takes where a kernel cannot be sure."""
     logit_C, token_C = kept(logits_V, how)
     return int(token_C[likeliest(logit_C + gumbel(key, token_C))])
 

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "vectors.h"
+#include "functions.h"
 
 namespace {
 
@@ -30,28 +30,6 @@ struct Batch {
   int32_t sequences, heads, kv_heads, dim, window;  // window: keys that a query sees, itself included; 0: all
   float scale, cap;                                 // cap: scores become cap * tanh(score / cap); 0: not
 };
-
-Vector all(float x) { return Vector{} + x; }
-
-// e to the x for x <= 0, to 2 units in the last place; 0 below -87.
-Vector exponential(Vector x) {
-  const Vector low = all(-87.0f);
-  const Ints gone = x < low;
-  x = gone ? low : x;
-  const Vector turns = x * 1.44269504f - 0.5f;
-  const Ints whole = __builtin_convertvector(turns, Ints);  // towards zero: up, since turns are negative
-  const Vector n = __builtin_convertvector(whole, Vector);
-  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = all(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Vector power = reinterpret_cast<Vector>((whole + 127) << 23);
-  return gone ? Vector{} : y * power;
-}
 
 float largest(Vector x) {
   float out = x[0];

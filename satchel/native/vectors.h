@@ -18,6 +18,7 @@ constexpr int64_t kWorthThreads = 1 << 16;  // multiplications below which one t
 
 using Vector = float __attribute__((vector_size(64), aligned(4), may_alias));
 using Ints = int32_t __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 
 struct Half {
@@ -38,6 +39,14 @@ inline void narrow(float x, Half& to) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);  // a NaN stays one
+}
+
+inline void narrow16(Vector x, float* to) { *reinterpret_cast<Vector*>(to) = x; }
+inline void narrow16(Vector x, Half* to) {
+  const auto bits = reinterpret_cast<Words>(x);
+  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Words kept = (bits & 0x7FFFFFFF) > 0x7F800000 ? Words{} + 0x7FC0 : rounded;  // a NaN stays one
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(kept, Halves);
 }
 
 inline float total(Vector x) {
