@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from satchel.core.job import PretrainJob as PretrainJob
     from satchel.core.job import TuneJob as TuneJob
     from satchel.core.report import Report as Report
+    from satchel.core.serve import ServeJob as ServeJob
+    from satchel.core.serve import Terms as Terms
     from satchel.model.load import load as load
     from satchel.model.save import save as save
     from satchel.model.source import load_tokenizer as load_tokenizer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from satchel.run.generate import generate as generate
     from satchel.run.planner import plan as plan
     from satchel.run.pretrain import pretrain as pretrain
+    from satchel.run.server.start import Serving as Serving
     from satchel.run.tune import tune as tune
 
 __version__ = "0.1.0"
@@ -38,6 +41,9 @@ HOMES = {
     "PretrainJob": "core.job",
     "Report": "core.report",
     "SatchelError": "core.errors",
+    "ServeJob": "core.serve",
+    "Serving": "run.server.start",
+    "Terms": "core.serve",
     "TuneJob": "core.job",
     "UnknownName": "core.errors",
     "UserError": "core.errors",

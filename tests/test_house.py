@@ -49,8 +49,8 @@ FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks som
     "tune": TUNE_FLAGS,
 }
 PUBLIC = """
-    Budget DataError DoesNotFit JobError ModelError PretrainJob Report SatchelError TuneJob UnknownName UserError
-    generate load load_tokenizer merge plan pretrain save tune __version__
+    Budget DataError DoesNotFit JobError ModelError PretrainJob Report SatchelError ServeJob Serving Terms TuneJob
+    UnknownName UserError generate load load_tokenizer merge plan pretrain save tune __version__
 """
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from satchel.cli.console import err, out
 from satchel.cli.extras import needs
 from satchel.cli.options import takes_job
-from satchel.core.serve import ServeJob
+from satchel.core.serve import ServeJob, Terms
 from satchel.core.units import parse_bytes, parse_seconds
 
 PANEL = "Server"
@@ -33,14 +33,12 @@ def serve(
     ] = 256,
     timeout: Annotated[str, typer.Option(help="Longest time of an answer.", rich_help_panel=PANEL)] = "10min",
     drain: Annotated[str, typer.Option(help="At the end, time for what runs.", rich_help_panel=PANEL)] = "30s",
-    max_body: Annotated[str, typer.Option(help="Longest body.", rich_help_panel=PANEL)] = "8MiB",
+    max_body: Annotated[str, typer.Option(help="Longest body.", rich_help_panel=PANEL)] = "1MiB",
 ) -> None:
     """Serve a model to any OpenAI client, inside the budget. SIGTERM or ctrl-C ends it in good order."""
     with needs("serve"):
-        from satchel.run.server.house import Terms
         from satchel.run.server.logs import log_to
-        from satchel.run.server.start import Address
-        from satchel.run.server.start import serve as run_server
+        from satchel.run.server.start import Serving
 
     terms = Terms(queue, parse_bytes(max_body), parse_seconds(timeout), drain_s=parse_seconds(drain))
     log_to(sys.stderr)
@@ -50,4 +48,4 @@ def serve(
             status.stop()
             out.print(Text(line), soft_wrap=True)
 
-        run_server(job, Address(host, port, api_keys), terms, note)
+        Serving(job, host, port, api_keys, terms).run(note)

@@ -17,6 +17,8 @@ from satchel.core.job import read_toml
 from satchel.core.knobs import Knob, accept_all, read_knobs
 from satchel.core.units import parse_bytes
 
+TOGETHER = 8  # bodies of the largest size that may be held at once
+PARSED = 24  # times its size that a body may take while it is read
 METHOD_FIELDS = ("format", "admission", "preemption", "decoding")  # each named after its slot
 
 
@@ -84,3 +86,25 @@ class ServeJob:
 def serve_knobs() -> tuple[Knob, ...]:
     """The job's fields with the comments behind them."""
     return read_knobs(Path(__file__), "ServeJob")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client of a server may ask for."""
+
+    queue: int = 256  # requests that may be open at once; more are told to come again
+    body_bytes: int = 1 << 20  # longest body
+    timeout_s: float = 600.0  # longest time from submission to the last token
+    read_s: float = 30.0  # longest time for a body to arrive, and for a client to take what was sent
+    drain_s: float = 30.0  # after SIGTERM, for what runs
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Of the budget, for what clients send and what is kept to answer them: a body of many small parts takes up to
+        24 times its size while it is read, `TOGETHER` bodies wait, and the open requests share the rest."""
+        return (PARSED + TOGETHER) * self.body_bytes + self.open_bytes
+
+    @property
+    def open_bytes(self) -> int:
+        """For the open requests."""
+        return 16 * self.body_bytes

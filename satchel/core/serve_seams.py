@@ -106,24 +106,45 @@ class Decoding(Method):
         """What guesses for one engine, whose model this is."""
 
 
+class Arrival(Protocol):
+    """Blocks on their way back into the pool."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+    def wait(self) -> int:
+        """How many of them are there, from the first on, once no copy is under way."""
+        ...
+
+
 class Shelf(ABC):
     """Where blocks of keys and values go when their places in the pool are needed. Known by digest: equal digests mean
-    equal contents, for good."""
+    equal contents, for good. Copies may go on beside the engine's steps: nobody writes to a block that was foreseen
+    before `keep` or `settle` of it has returned, nor to one that was fetched before its arrival has been waited for."""
 
     moved_out: int = 0  # blocks that were copied away
     moved_in: int = 0  # blocks that came back
+    copies: int = 0  # in which they moved
+
+    def foresee(self, blocks: Sequence[tuple[bytes, int]]) -> None:  # noqa: B027
+        """Blocks of the pool, each (digest, block), that will be overwritten next: the time to begin to copy them."""
 
     @abstractmethod
     def keep(self, digest: bytes, block: int) -> None:
-        """Block `block` of the pool is about to be overwritten; copy it if it is worth it and not here already."""
+        """Block `block` is overwritten when this has returned; copy it if it is worth it and not here already."""
+
+    def settle(self, block: int) -> None:  # noqa: B027
+        """Returns when no copy of block `block` is under way."""
 
     @abstractmethod
     def has(self, digest: bytes) -> bool:
         """Whether `fetch` may be tried."""
 
     @abstractmethod
-    def fetch(self, digest: bytes, block: int) -> bool:
-        """Copy a block back into block `block` of the pool; False if it is no longer here."""
+    def fetch(self, blocks: Sequence[tuple[bytes, int]]) -> Arrival:
+        """Copy blocks back, each (digest, block of the pool): up to the first that is no longer here."""
 
 
 class Preemption(Method):

@@ -48,6 +48,11 @@ class Tokenizer:
         """One more than the highest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: a text of so many times as many has at least so many tokens."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
     @property
     def bos_id(self) -> int | None:
         """The token before a text, if the model has one."""

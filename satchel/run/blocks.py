@@ -11,10 +11,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from satchel.core.errors import SatchelError
-from satchel.core.serve_seams import Shelf
+from satchel.core.serve_seams import Arrival, Shelf
 
 Digest = bytes
 
@@ -40,7 +40,7 @@ class Blocks:
         self.refs = [0] * count
         self.digest: list[Digest | None] = [None] * count
         self.found: dict[Digest, int] = {}  # published blocks
-        self.empty = list(range(count - 1, -1, -1))  # nobody holds them, nothing in them
+        self.empty = dict.fromkeys(range(count - 1, -1, -1))  # nobody holds them, nothing in them; the last goes first
         self.pinned: set[int] = set()  # held, and not to be moved
         self.idle: OrderedDict[int, None] = OrderedDict()  # nobody holds them, published; the oldest first
 
@@ -67,10 +67,13 @@ class Blocks:
             blocks.append(block)
         return blocks
 
-    def take(self) -> int:
-        """A block for new tokens; the one longest unused is forgotten for it if none is empty."""
-        if self.empty:
-            block = self.empty.pop()
+    def take(self, after: int | None = None) -> int:
+        """A block for new tokens: the neighbour of `after` if it is empty, so that both move by one copy; the one
+        longest unused is forgotten for it if none is empty."""
+        if after is not None and after + 1 in self.empty:
+            del self.empty[block := after + 1]
+        elif self.empty:
+            block, _ = self.empty.popitem()
         elif self.idle:
             block, _ = self.idle.popitem(last=False)
             self._evict(block)
@@ -112,7 +115,7 @@ class Blocks:
         if self.refs[block]:
             return
         if self.digest[block] is None:
-            self.empty.append(block)
+            self.empty[block] = None
         else:
             self.idle[block] = None
 
@@ -125,8 +128,9 @@ class Blocks:
     def forget_all(self) -> None:
         """Nothing is findable any more, as if the pool were new; held blocks stay held."""
         for block in list(self.found.values()):
+            self._settle(block)
             self._forget(block)
-        self.empty += self.idle
+        self.empty |= self.idle
         self.idle.clear()
 
     def _clearest(self, count: int) -> int | None:
@@ -142,10 +146,11 @@ class Blocks:
             del self.idle[block]
             self._evict(block)
         else:
-            self.empty.remove(block)
+            del self.empty[block]
 
     def _move(self, block: int) -> int:
         """Another block takes over this one's holders and digest."""
+        self._settle(block)
         target = self.take()
         self.refs[target], self.refs[block] = self.refs[block], 0
         if (digest := self.digest[block]) is not None:
@@ -163,13 +168,22 @@ class Blocks:
         """Whether the shelf has the block of this digest."""
         return self.shelf is not None and self.shelf.has(digest)
 
-    def fetch(self, digest: Digest) -> tuple[int, bool]:
-        """A block for the tokens of this digest, and whether the shelf had them: then it is full and published."""
-        block = self.take()
-        there = self.shelf is not None and self.shelf.fetch(digest, block)
-        if there:
-            self.publish(block, digest)
-        return block, there
+    def fetch(self, wanted: Sequence[Digest]) -> tuple[list[int], Arrival]:
+        """Blocks for the tokens of these digests, and their arrival from the shelf. Publish those that are there."""
+        assert self.shelf is not None
+        blocks = sorted(self.take() for _ in wanted)
+        return blocks, self.shelf.fetch(list(zip(wanted, blocks, strict=True)))
+
+    def foresee(self, count: int) -> None:
+        """Tell the shelf which published blocks the next `count` that are taken would overwrite, in the order of their
+        tokens: the last blocks of a sequence are the first to go."""
+        if self.shelf is not None and (short := count - len(self.empty)) > 0:
+            next_ones = [(digest, b) for b in islice(self.idle, short) if (digest := self.digest[b]) is not None]
+            self.shelf.foresee(next_ones[::-1])
+
+    def _settle(self, block: int) -> None:
+        if self.shelf is not None:
+            self.shelf.settle(block)
 
     def _forget(self, block: int) -> None:
         digest, self.digest[block] = self.digest[block], None

@@ -39,7 +39,7 @@ class Capacity:
 
     limits: Limits
     budget_bytes: int
-    accounts: dict[str, int]  # bytes of the peak: weights, workspace, process, kv
+    accounts: dict[str, int]  # bytes of the peak: weights, workspace, process, requests, kv
 
     @property
     def tokens(self) -> int:
@@ -47,14 +47,19 @@ class Capacity:
         return self.limits.blocks * PAGE
 
 
-def capacity(job: ServeJob, config: ModelConfig, device: str) -> Capacity:
-    """The limits of an engine on this machine, now. Raises DoesNotFit with the memory that would do."""
+def capacity(job: ServeJob, config: ModelConfig, device: str, reserve_bytes: int = 0) -> Capacity:
+    """The limits of an engine on this machine, now. Raises DoesNotFit with the memory that would do.
+
+    `reserve_bytes` are set aside for the requests of a server.
+    """
     if job.context > config.context:
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
     context, each = job.context or config.context, block_bytes(config, DTYPES[job.dtype])
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
     tensors = rehearse_engine(job, config, device)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"])}
+    if reserve_bytes and device != "cuda":
+        accounts["requests"] = reserve_bytes
     fixed = sum(accounts.values())
     most, least = job.batch * -(-context // PAGE), -(-min(context, LEAST) // PAGE)
     blocks = min((budget - fixed) // each, most)

@@ -139,6 +139,7 @@ class Engine:
             "preemptions": self.scheduler.preemptions,
             "moved_out": self.shelf.moved_out,
             "moved_in": self.shelf.moved_in,
+            "copies": self.shelf.copies,
             "adapters": len(self.adapters.registered),
             "adapters_resident": len(self.adapters.resident),
             "adapter_loads": self.adapters.loads,

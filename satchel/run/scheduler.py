@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from satchel.core.errors import UserError
 from satchel.core.serve_seams import Admission
@@ -83,7 +84,18 @@ class Scheduler:
             self._run(child)
 
     def next(self) -> Turn:
-        """Choose the work of a step, and take the blocks that it needs."""
+        """Choose the work of a step, and take the blocks that it needs. Waits only where all that runs does, for its
+        blocks from the shelf."""
+        turn = self._turn()
+        while not turn.work and not turn.failed and (late := next((s for s in self.running if s.arrival), None)):
+            self._land(late)
+            turn = self._turn()
+        for sequence, count in turn.work.items():
+            self._charge(sequence, sequence.cached + count)
+        self.blocks.foresee(self.blocks.needed(self.limits.step_tokens) + self.limits.batch)
+        return turn
+
+    def _turn(self) -> Turn:
         turn, now = Turn(), self.clock()
         order = sorted(self.running, key=lambda sequence: self._rank(sequence, now))
         for sequence in sorted(order, key=lambda sequence: sequence.pending > 1):  # answers before prompts
@@ -98,8 +110,6 @@ class Scheduler:
                     break
             except UserError as fault:  # of its adapter's folder
                 turn.failed[sequence] = str(fault)
-        for sequence, count in turn.work.items():
-            self._charge(sequence, sequence.cached + count)
         return turn
 
     def extend(self, sequence: Sequence, tokens: int) -> int:
@@ -131,6 +141,8 @@ class Scheduler:
 
     def _go_on(self, sequence: Sequence, turn: Turn, order: list[Sequence]) -> None:
         """Give a running sequence its tokens of this step; the least urgent ones make room for it."""
+        if not self._arrived(sequence):
+            return
         count = min(sequence.pending, self.limits.step_tokens - turn.tokens)
         if not count:
             return
@@ -150,11 +162,10 @@ class Scheduler:
             self._preempt(victim, turn)
         self._hold(sequence, found)
         self._fetch(sequence)
-        if not sequence.said_count:
-            sequence.reused = sequence.cached
         self._grow(sequence, len(sequence.tokens))
         self._run(sequence)
-        turn.work[sequence] = min(sequence.pending, self.limits.step_tokens - turn.tokens)
+        if self._arrived(sequence):
+            turn.work[sequence] = min(sequence.pending, self.limits.step_tokens - turn.tokens)
         return True
 
     def _reusable(self, sequence: Sequence) -> list[int]:
@@ -171,11 +182,34 @@ class Scheduler:
     def _fetch(self, sequence: Sequence) -> None:
         """Go on from the known blocks that it holds with those that the shelf has."""
         full = 0 if self._computes_all(sequence) else (len(sequence.tokens) - 1) // self.blocks.size
-        sequence.cached, there = len(sequence.table) * self.blocks.size, True
-        while there and len(sequence.table) < full and self.blocks.shelved(sequence.digests[len(sequence.table)]):
-            block, there = self.blocks.fetch(sequence.digests[len(sequence.table)])
-            sequence.table.append(block)
-            sequence.cached += there * self.blocks.size
+        sequence.cached = len(sequence.table) * self.blocks.size
+        wanted = list(takewhile(self.blocks.shelved, sequence.digests[len(sequence.table) : full]))
+        if wanted:
+            table, sequence.arrival = self.blocks.fetch(wanted)
+            sequence.table += table
+        self._note_reuse(sequence)
+
+    def _arrived(self, sequence: Sequence) -> bool:
+        """Whether nothing of it is on its way from the shelf any more."""
+        if sequence.arrival is not None and sequence.arrival.done:
+            self._land(sequence)
+        return sequence.arrival is None
+
+    def _land(self, sequence: Sequence) -> None:
+        """Wait for what is on its way; it counts as seen from then on, and others find it."""
+        if sequence.arrival is None:
+            return
+        first = sequence.cached // self.blocks.size
+        arrived, sequence.arrival = sequence.arrival.wait(), None
+        sequence.cached += arrived * self.blocks.size
+        for index in range(first, first + arrived):
+            self.blocks.publish(sequence.table[index], sequence.digests[index])
+        self._note_reuse(sequence)
+
+    @staticmethod
+    def _note_reuse(sequence: Sequence) -> None:
+        if not sequence.said_count:
+            sequence.reused = sequence.cached
 
     def _room(self, sequence: Sequence) -> list[int] | None:
         """Its adapter in the pool, and blocks enough for all it has: the known ones among them. None if there is no
@@ -201,6 +235,8 @@ class Scheduler:
         if adapter is None:
             return True
         if adapter not in self.adapters.resident:
+            for other in self.running:
+                self._land(other)  # its blocks may have to move
             while (run := self.blocks.take_run(adapter.blocks)) is None:
                 if (unused := self.adapters.unused()) is None:
                     return False
@@ -249,7 +285,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, tokens: int) -> None:
         while len(sequence.table) * self.blocks.size < tokens:
-            sequence.table.append(self.blocks.take())
+            sequence.table.append(self.blocks.take(sequence.table[-1] if sequence.table else None))
 
     def _hold(self, sequence: Sequence, table: list[int]) -> None:
         for block in table:
@@ -271,6 +307,7 @@ class Scheduler:
         """Give back what a sequence holds. Its last blocks are forgotten first: a beginning may be shared by others."""
         if sequence not in self.running:
             return
+        self._land(sequence)
         del self.running[sequence]
         self._leave(sequence)
         for block in reversed(sequence.table):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from satchel.core.request import Constraint, Logprob, Request
+from satchel.core.serve_seams import Arrival
 from satchel.run.adapters import Adapter
 from satchel.run.blocks import Digest
 from satchel.run.text import StopTexts, TextStream
@@ -29,6 +30,7 @@ class Sequence:
     constraint: Constraint | None = None
     cached: int = 0  # tokens whose keys and values lie in `table`
     table: list[int] = field(default_factory=list)  # blocks
+    arrival: Arrival | None = None  # of the blocks behind those of `cached`, from the shelf
     digests: list[Digest] = field(default_factory=list)  # of the full blocks of `tokens`, as far as they were needed
     charged: int = 0  # tokens that the tenant has paid for; what is computed again costs nothing
     reused: int = 0  # tokens of the prompt that the pool had

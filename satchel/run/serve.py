@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,18 +39,29 @@ class Service:
     tokenizer: Tokenizer
     capacity: Capacity
     governor: Governor  # call `end` when the engine is no longer used
+    beside: Any = None  # what was made beside it
 
 
-def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> Service:
-    """Load the model and make its engine. Raises DoesNotFit with the memory that would do, UserError as `load` does."""
+def open_service(
+    job: ServeJob,
+    beside: Callable[[Tokenizer, int], Any] = lambda tokenizer, vocabulary: None,
+    reserve_bytes: int = 0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Service:
+    """Load the model and make its engine. Raises DoesNotFit with the memory that would do, UserError as `load` does.
+
+    `beside` makes of tokenizer and vocabulary what else the process needs: its memory is counted before the pool is
+    sized. `reserve_bytes` are left out of it.
+    """
     device = resolve(job.device)
     pages = install_pool() if device == "cpu" else None
     source = find_source(job.model)
     tokenizer = load_tokenizer(source)
+    other = beside(tokenizer, source.config.vocab)
     _warm_up(job, source.config, device)
     if pages:
         pages.trim()  # those that were never touched would be taken for a part of what is resident
-    room = capacity(job, source.config, device)
+    room = capacity(job, source.config, device, reserve_bytes)
     governor = Governor(device, room.budget_bytes, pages)
     governor.begin()
     model = load(source, DTYPES[job.dtype], device, make("format", job.format))
@@ -65,7 +77,7 @@ def open_service(job: ServeJob, clock: Callable[[], float] = time.monotonic) -> 
     )
     for folder in adapter_folders(job.adapters):
         engine.register(folder.name, folder)
-    return Service(job, engine, tokenizer, room, governor)
+    return Service(job, engine, tokenizer, room, governor, other)
 
 
 def adapter_folders(home: str) -> list[Path]:

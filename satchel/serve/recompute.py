@@ -4,11 +4,12 @@ The plain way: a preempted answer's blocks stay findable until their places are 
 of prompt and answer once more for each time that they were really lost; takes no memory and no disk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from satchel.core.card import Card
-from satchel.core.serve_seams import Preemption, Shelf
+from satchel.core.serve_seams import Arrival, Preemption, Shelf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +24,17 @@ class _Nothing(Shelf):
     def has(self, digest: bytes) -> bool:
         return False
 
-    def fetch(self, digest: bytes, block: int) -> bool:
-        return False
+    def fetch(self, blocks: Sequence[tuple[bytes, int]]) -> Arrival:
+        return _Nobody()
+
+
+class _Nobody:
+    """Who was not there does not arrive."""
+
+    done = True
+
+    def wait(self) -> int:
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from satchel.run.server.faults import Fault, broken, malformed, refused, unavail
 from satchel.run.server.gate import App, Gate
 from satchel.run.server.house import House
 from satchel.run.server.keys import Keys
+from satchel.run.server.reference import reference
 from satchel.run.server.replies import Reply
 from satchel.run.server.sending import ClientGone, EventStream, while_there
 from satchel.run.server.wire import (
@@ -41,7 +42,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {status: {"description": text} for sta
 
 def build(house: House, keys: Keys | None = None) -> App:
     """The whole application, with what every request passes first."""
-    app = FastAPI(title="satchel", version=satchel.__version__, redoc_url=None, docs_url="/docs")
+    app = FastAPI(title="satchel", version=satchel.__version__, redoc_url=None, docs_url=None)
     _faults(app)
     _models(app, house)
     _answers(app, house)
@@ -114,6 +115,11 @@ def _watching(app: FastAPI, house: House) -> None:
     async def stats() -> Any:
         """What the page shows."""
         return house.snapshot()
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Any:
+        """The routes, for people."""
+        return HTMLResponse(reference(app.openapi()))
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Any:

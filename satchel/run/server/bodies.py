@@ -7,13 +7,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from satchel.core.serve import TOGETHER, Terms
 from satchel.run.server.faults import Fault, overloaded
-from satchel.run.server.house import Terms
 from satchel.run.server.sending import ClientGone
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-TOGETHER = 8  # bodies of the largest size that may be held at once
 
 
 class Bodies:

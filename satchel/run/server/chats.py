@@ -24,7 +24,7 @@ async def chat(house: House, body: ChatBody, tenant: str, request_id: str) -> Re
     constraint = await house.grammar.calls(toolbox) or await house.grammar.constraint(body.response_format)
     request = _request(house, body, await house.encode(text, special=False), adapter, tenant, constraint)
     form = ChatForm(house, body, toolbox)
-    return Reply(house, form, await house.worker.submit([request]), body.model or house.name, request_id)
+    return Reply(house, form, await house.submit([request]), body.model or house.name, request_id)
 
 
 async def _prompt(house: House, body: ChatBody, toolbox: Toolbox) -> str:

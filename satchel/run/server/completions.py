@@ -26,7 +26,7 @@ async def complete(house: House, body: CompletionBody, tenant: str, request_id: 
     constraint = await house.grammar.constraint(body.response_format)
     requests = [_request(house, body, prompt, adapter, tenant, constraint) for prompt in prompts]
     form = CompletionForm(house, body, requests)
-    return Reply(house, form, await house.worker.submit(requests), body.model or house.name, request_id)
+    return Reply(house, form, await house.submit(requests), body.model or house.name, request_id)
 
 
 async def tokens_of(house: House, prompt: str | list[int], param: str) -> tuple[int, ...]:

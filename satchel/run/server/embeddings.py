@@ -34,7 +34,7 @@ async def embed(house: House, body: EmbeddingBody, tenant: str) -> dict[str, Any
         )
         for text in body.input
     ]
-    stream = await house.worker.submit(requests)
+    stream = await house.submit(requests)
     found, prompt_tokens = {}, 0
     try:
         async for number, event in stream:

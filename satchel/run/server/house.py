@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from satchel.core.errors import nearest
-from satchel.core.request import Logprob
+from satchel.core.errors import UserError, nearest
+from satchel.core.request import Logprob, Request
+from satchel.core.serve import Terms
 from satchel.model.paged import PAGE
 from satchel.model.tokenizer import Tokenizer
 from satchel.run.memory import resident_bytes
@@ -18,21 +19,11 @@ from satchel.run.scheduler import Limits
 from satchel.run.server.faults import Fault, overloaded, unavailable
 from satchel.run.server.grammar import Grammar
 from satchel.run.server.metrics import Metrics
-from satchel.run.server.worker import Worker
+from satchel.run.server.weight import Weight
+from satchel.run.server.worker import Stream, Worker
 
 STALL_S = 120.0  # without a step, while requests are open, after which something is wrong
 LONG_TEXT = 20_000  # characters; encoding more would hold up the event loop
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a client may ask for."""
-
-    queue: int = 256  # requests that may be open at once; more are told to come again
-    body_bytes: int = 8 << 20  # longest body
-    timeout_s: float = 600.0  # longest time from submission to the last token
-    read_s: float = 30.0  # longest time for a body to arrive, and for a client to take what was sent
-    drain_s: float = 30.0  # after SIGTERM, for what runs
 
 
 @dataclass
@@ -41,6 +32,7 @@ class House:
 
     worker: Worker
     tokenizer: Tokenizer
+    grammar: Grammar
     name: str  # of the model, as clients call it
     limits: Limits
     metrics: Metrics
@@ -50,10 +42,11 @@ class House:
     adapters: Path | None = None  # folder from which clients may load more
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
-    grammar: Grammar = field(init=False)
+    weight: Weight = field(init=False)  # of what is open
+    encoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # one long text at a time
 
     def __post_init__(self) -> None:
-        self.grammar = Grammar(self.tokenizer, self.worker.engine.model.config.vocab)
+        self.weight = Weight(self.terms.open_bytes)
         self.metrics.watch(lambda: self.worker.stats, self.accounts)
 
     @property
@@ -123,15 +116,32 @@ class House:
             "resident_bytes": resident_bytes(),
             "open": self.worker.open,
             "draining": self.draining,
+            "checks": self.worker.checks,
             "time_s": time.monotonic(),
             **self.worker.stats,
         }
 
+    async def submit(self, requests: Sequence[Request]) -> Stream:
+        """Gives requests to the engine, all or none. Raises UserError for one that can never run, Fault for what would
+        be too much beside what is open."""
+        own_bytes = self.weight.take(requests)
+        try:
+            stream = await self.worker.submit(requests)
+        except BaseException:
+            self.weight.give_back(own_bytes)
+            raise
+        stream.on_close = lambda: self.weight.give_back(own_bytes)
+        return stream
+
     async def encode(self, text: str, special: bool) -> tuple[int, ...]:
-        """Token ids of a text, without holding up others for a long one."""
+        """Token ids of a text, without holding up others for a long one. Raises UserError for one that is too long
+        whatever its tokens are, before time and memory are spent on it."""
         if len(text) <= LONG_TEXT:
             return tuple(self.tokenizer.encode(text, special))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, special))
+        if (least := len(text) // self.tokenizer.longest) > self.limits.context:
+            raise UserError(f"{least} tokens of prompt at least; this engine takes {self.limits.context} together")
+        async with self.encoding:
+            return tuple(await asyncio.to_thread(self.tokenizer.encode, text, special))
 
     def room(self, prompt_tokens: int) -> int:
         """The longest answer to a prompt; at least 1, so that one that is too long is refused with its numbers."""

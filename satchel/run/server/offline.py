@@ -12,9 +12,9 @@ from typing import IO
 
 from satchel.core.disk import writing
 from satchel.core.errors import UserError
-from satchel.core.serve import ServeJob
+from satchel.core.serve import ServeJob, Terms
 from satchel.run.serve import Service, open_service
-from satchel.run.server.house import Terms
+from satchel.run.server.grammar import Grammar
 from satchel.run.server.lines import Answer, Line, answer_lines, read_lines
 from satchel.run.server.start import open_house
 
@@ -42,7 +42,7 @@ def run_batch(job: ServeJob, source: Path, target: Path, note: Note = lambda don
     left = [line for line in lines if line.custom_id not in answered]
     done = Done(len(lines), len(answered))
     if left:
-        service = open_service(job)
+        service = open_service(job, Grammar.ready, ENDLESS.reserve_bytes)
         try:
             asyncio.run(_run(service, left, target, done, note))
         finally:

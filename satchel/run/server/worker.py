@@ -11,6 +11,7 @@ that fails ends the requests that were open, each with an `error`; the engine go
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -26,6 +27,8 @@ from satchel.run.engine import Engine
 
 log = logging.getLogger("satchel.server")
 T = TypeVar("T")
+IDLE_S = 0.5  # without a request, after which the engine's books are checked
+Task = tuple[Future[Any], Callable[[], Any]]
 Told = tuple[int, Event]  # which of a stream's requests, what
 
 
@@ -39,6 +42,7 @@ class Stream:
     told: list[Told] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # the engine's thread alone uses them
     waker: asyncio.Event = field(default_factory=asyncio.Event)
+    on_close: Callable[[], None] = lambda: None
 
     async def __aiter__(self) -> AsyncIterator[Told]:
         async for told in self.batches():
@@ -57,6 +61,8 @@ class Stream:
 
     def close(self) -> None:
         """Ends what has not ended; its events are dropped."""
+        on_close, self.on_close = self.on_close, lambda: None
+        on_close()
         if self.left:
             self.left = 0
             self.told = []
@@ -75,10 +81,11 @@ class Worker:
         self.engine = engine
         self.open = 0  # requests that were submitted and have not ended
         self.stats = engine.stats()
+        self.checks = 0  # times that the idle engine's books were found in order
         self.failure: BaseException | None = None  # what ended the thread before its time
         self.stepped_s = time.monotonic()  # when the engine last made progress, or had nothing to do
         self._loop = asyncio.get_running_loop()
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, int]] = {}  # by request; the thread's
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -145,13 +152,21 @@ class Worker:
         wait = self.engine.idle
         while wait or not self._tasks.empty():
             self.stepped_s = time.monotonic()
-            task = self._tasks.get()
+            task = self._next()
             if task is None:
                 return False
             _fulfil(*task)
             wait = self.engine.idle and self._tasks.empty()
         self._step()
         return True
+
+    def _next(self) -> Task | None:
+        """The next task. Who finds none for a while looks through the books; raises SatchelError if they are wrong."""
+        with contextlib.suppress(queue.Empty):
+            return self._tasks.get(timeout=IDLE_S)
+        self.engine.check_integrity()
+        self.checks += 1
+        return self._tasks.get()
 
     def _step(self) -> None:
         try:

@@ -329,3 +329,11 @@ def test_adapters_come_and_go_while_serving(tmp_path):
     assert len(listed[1]["data"]) == 1
     ((refused, _),) = ask(on("first"))
     assert refused == 403
+
+
+def test_the_routes_are_described_without_anything_from_elsewhere():
+    ((status, page), (_, openapi)) = ask(("GET", "/docs"), ("GET", "/openapi.json"))
+    assert status == 200 and "http://" not in page and "https://" not in page and "<script" not in page
+    assert all(path.replace("&", "&amp;") in page for path in openapi["paths"])
+    assert "<code>deadline_ms</code></td><td>integer ≥ 1 ≤ 2147483647, or null" in page
+    assert "<code>messages</code></td><td>array of Message</td><td>must be given" in page

@@ -83,7 +83,7 @@ def toy_service(monkeypatch):
         governor = Governor()
 
     calls = []
-    monkeypatch.setattr(offline, "open_service", lambda job: calls.append(job) or Service())
+    monkeypatch.setattr(offline, "open_service", lambda job, beside, reserve: calls.append(job) or Service())
     monkeypatch.setattr(offline, "open_house", lambda service, terms: toy_house(terms=terms))
     return calls
 

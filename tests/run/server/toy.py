@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 
 import httpx
 import torch
@@ -14,6 +15,7 @@ from satchel.model.tokenizer import Tokenizer
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from satchel.run.server.app import build
+from satchel.run.server.grammar import Grammar
 from satchel.run.server.house import House, Terms
 from satchel.run.server.listen import Server, bind
 from satchel.run.server.metrics import Metrics
@@ -45,7 +47,7 @@ def toy_house(template=TEMPLATE, terms=None, **limits):
     limits = Limits(**({"blocks": 64, "batch": 8, "step_tokens": 64, "context": 256} | limits))
     tokenizer = byte_tokenizer(template)
     engine = Engine(toy_decoder(vocab=258), limits, tokenizer)
-    return House(Worker(engine), tokenizer, "toy", limits, Metrics("toy"), terms or Terms())
+    return House(Worker(engine), tokenizer, Grammar(tokenizer, 258), "toy", limits, Metrics("toy"), terms or Terms())
 
 
 @contextlib.asynccontextmanager
@@ -76,6 +78,29 @@ class Running:
                 at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)
             await self.server.listen(at, self._note)
 
+    @contextlib.contextmanager
+    def held(self):
+        """No step of the engine ends until the block does."""
+        go = threading.Event()
+        with self._stepping(lambda: go.wait(30)):
+            try:
+                yield
+            finally:
+                go.set()
+
+    def slowed(self, seconds=0.01):
+        """Every step of the engine takes so long at least, as long as the block lasts."""
+        return self._stepping(lambda: time.sleep(seconds))
+
+    @contextlib.contextmanager
+    def _stepping(self, before):
+        engine, step = self.house.worker.engine, self.house.worker.engine.step
+        engine.step = lambda: (before(), step())[1]
+        try:
+            yield
+        finally:
+            engine.step = step
+
     def _note(self, url):
         self.url = url
         self.ready.set()
@@ -94,8 +119,10 @@ class Running:
 
 
 async def _alone():
-    """A server in this process, ended by a signal; prints its address."""
+    """A server in this process, ended by a signal; prints its address. Slow enough to be caught at work."""
     house = toy_house()
+    engine, step = house.worker.engine, house.worker.engine.step
+    engine.step = lambda: (time.sleep(0.005), step())[1]
     with bind("127.0.0.1", 0) as at:
         await Server(build(house), house).listen(at, lambda url: print(url, flush=True))
 
