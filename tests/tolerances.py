@@ -12,6 +12,10 @@ DEVIATIONS = 5
 # What 4 bits a weight lose of normally distributed weights, in the norm (8 bits lose a tenth of it).
 FOUR_BITS = 0.1
 
+# What inputs of 8 bits lose of a product of normally distributed numbers, in the norm: 0.6%, and a few times that where
+# the terms of short sums cancel.
+EIGHT_BITS = 0.03
+
 # Rehearsed against allocated bytes: an allocator rounds up to pages, and tables that last as long as the process
 # (the codes of 8-bit moments, half a MiB) belong to no job.
 REHEARSED = 0.02

@@ -46,14 +46,18 @@ class _Speaker:
         import torch
 
         from satchel.adapt import load_peft
+        from satchel.core.book import make
         from satchel.model.load import load
         from satchel.model.source import find_source, load_tokenizer
         from satchel.run.device import resolve
+        from satchel.run.serve import storage
 
         with err.status(f"loading {model}"):
             source = find_source(model)
             self.tokenizer = load_tokenizer(source)
-            self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, resolve(device))
+            device = resolve(device)
+            format = make("format", storage("auto", source, device))
+            self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, device, format, frozen=True)
             if adapter:
                 load_peft(self.model, adapter)
         self.system = system

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from satchel.compress._packed import Packed, require_groups, round_up_bf16, row_chunks
 from satchel.core.seams import Card, WeightFormat
+from satchel.model.packed import Packed, require_groups, round_up_bf16, row_chunks
 
 # O outputs, I inputs, J half of the inputs, G groups of a row
 
@@ -28,7 +28,7 @@ class Int4Linear(Packed):
     low_OG: Tensor | None  # None: symmetric
 
     def __init__(self, weight_OI: Tensor, group: int, symmetric: bool) -> None:
-        super().__init__(weight_OI)
+        super().__init__(weight_OI.shape, weight_OI.dtype)
         outputs, inputs = weight_OI.shape
         groups, device = inputs // group, weight_OI.device
         self.register_buffer("q_OJ", torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device))

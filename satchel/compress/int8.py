@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from satchel.compress._packed import Packed, require_groups, round_up_bf16, row_chunks
 from satchel.core.seams import Card, WeightFormat
+from satchel.model.packed import Packed, require_groups, round_up_bf16, row_chunks
 
 # O outputs, I inputs, G groups of a row
 
@@ -25,7 +25,7 @@ class Int8Linear(Packed):
     scale_OG: Tensor
 
     def __init__(self, weight_OI: Tensor, group: int) -> None:
-        super().__init__(weight_OI)
+        super().__init__(weight_OI.shape, weight_OI.dtype)
         groups = self.in_features // group
         device = weight_OI.device
         self.register_buffer("q_OI", torch.empty(weight_OI.shape, dtype=torch.int8, device=device))

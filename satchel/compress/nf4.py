@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from satchel.compress._packed import Packed, require_groups, row_chunks
 from satchel.core.seams import Card, WeightFormat
+from satchel.model.packed import Packed, require_groups, row_chunks
 
 # O outputs, I inputs, J half of the inputs, M blocks of a row, K blocks of the matrix, Z blocks of blocks
 
@@ -51,7 +51,7 @@ class Nf4Linear(Packed):
     code_256: Tensor
 
     def __init__(self, weight_OI: Tensor, block: int, double: bool) -> None:
-        super().__init__(weight_OI)
+        super().__init__(weight_OI.shape, weight_OI.dtype)
         outputs, inputs = weight_OI.shape
         device, self.blocks = weight_OI.device, inputs // block
         self.register_buffer("q_OJ", torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device))

@@ -68,6 +68,8 @@ class WeightFormat(Method):
     """How the matrix of a frozen linear map is stored."""
 
     slot = "format"
+    outer: ClassVar[bool] = False  # packs embeddings and head as well, where nothing trains
+    keeps: ClassVar[bool] = False  # takes matrices that a file holds in blocks as they are
 
     @abstractmethod
     def pack(self, weight_OI: Tensor) -> nn.Module:
@@ -75,6 +77,14 @@ class WeightFormat(Method):
 
         Its storage lies in buffers, so that `.to(device)`, state dicts and the rehearsal see it.
         """
+
+    def keep(self, raw_OB: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> nn.Module:
+        """`pack` for a matrix in blocks of a kind, rows of bytes; for a format that `keeps` them."""
+        raise NotImplementedError
+
+    def embed(self, packed: nn.Module) -> nn.Module:
+        """The embeddings whose matrix was packed; for a format that is `outer`."""
+        raise NotImplementedError
 
 
 class Adapter(Method):

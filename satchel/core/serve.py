@@ -32,7 +32,7 @@ class ServeJob:
     device: str = "auto"  # auto, cpu or cuda
     memory: str = "auto"  # what the process may use, such as 1GiB; auto: what the machine has free now
     dtype: str = "bf16"  # of the weights, and of keys and values: bf16 or fp32
-    format: str = "none"  # storage of the weights, such as int8, nf4, int4:group=64
+    format: str = "auto"  # storage of the weights, such as int8, int4:group=64; auto: a GGUF file's own blocks on a CPU
     context: int = 0  # longest prompt and answer together, tokens; 0: what the model was made for
     batch: int = 32  # answers that grow at once, at most
     step_tokens: int = 512  # tokens that a step sees at most: long prompts are cut into parts of this
@@ -56,8 +56,10 @@ class ServeJob:
                 raise UserError(f"job: {name}={getattr(self, name)!r} is not allowed; {cure}")
         if self.memory != "auto":
             parse_bytes(self.memory)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for slot in self.slots:
-            book.check(slot, getattr(self, slot))
+            if getattr(self, slot) != defaults[slot]:
+                book.check(slot, getattr(self, slot))
 
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:

@@ -6,6 +6,7 @@ Parameters bear Hugging Face's names for Llama whatever the family; `names.py` t
 numbers or copies to the host, so that a decoder of any size builds and runs on fake and meta tensors.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -18,6 +19,7 @@ from satchel.model.block import Block
 from satchel.model.cache import Past
 from satchel.model.config import ModelConfig
 from satchel.model.empty import At, Embedding, Linear
+from satchel.model.linear import dtype_of
 from satchel.model.norm import make_norm
 from satchel.model.rope import rope_tables
 
@@ -58,6 +60,17 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the stream from block to block flows."""
+        return dtype_of(self.model.embed_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are looked up."""
+        embeddings = self.model.embed_tokens
+        return next(chain(embeddings.parameters(), embeddings.buffers())).device
 
     @property
     def layers(self) -> nn.ModuleList:

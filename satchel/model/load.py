@@ -14,9 +14,11 @@ from satchel.core.errors import ModelError
 from satchel.core.seams import WeightFormat
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.linear import dense_OI, linears, swap
+from satchel.model.linear import linears, swap
 from satchel.model.source import Source, find_source
 from satchel.model.stored import Part, Reader
+
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 
 
 def load(
@@ -24,17 +26,20 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     format: WeightFormat | None = None,
+    *,
+    frozen: bool = False,
 ) -> Decoder:
     """The model as a Decoder in evaluation mode, its weights in `dtype` on `device`; every parameter requires grad.
 
-    With a `format` the matrices of the layers (not the embeddings, the head or a router) are packed as they arrive.
+    With a `format` the matrices of the layers (not the embeddings, the head or a router) are packed as they arrive;
+    where nothing will train, which `frozen` says, a format may have embeddings and head, too.
     Raises ModelError, naming file, tensor and cure, if the source cannot be found or does not match its configuration.
     """
     source = find_source(name) if isinstance(name, str) else name
     decoder = Decoder(source.config, dtype=dtype, device="meta")
     check(source, decoder)
     with source.reader() as reader:
-        return fill(decoder, source.parts, reader, device, format)
+        return fill(decoder, source.parts, reader, device, format, frozen=frozen)
 
 
 def draw(config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> Decoder:
@@ -50,28 +55,64 @@ def fill(
     reader: Reader,
     device: torch.device | str = "cpu",
     format: WeightFormat | None = None,
+    *,
+    frozen: bool = False,
 ) -> Decoder:
     """Give a decoder that was made on `meta` its parameters, one by one; with a FakeReader, a rehearsal of that."""
     packed = {f"model.layers.{path}" for path in linears(decoder.layers)} if format else set()
+    outer = {EMBEDDINGS, HEAD} if format and frozen and format.outer else set()
     for path in [path for path, _ in decoder.named_modules()]:
         module = decoder.get_submodule(path)
-        if path == "lm_head" and decoder.config.tied:
-            module.weight = decoder.model.embed_tokens.weight
-            continue
-        for name, shell in list(module.named_parameters(recurse=False)):
-            out = torch.empty(shell.shape, dtype=shell.dtype, device=device)
-            reader.read(parts[f"{path}.{name}"], out)
-            setattr(module, name, nn.Parameter(out))
-        if format and path in packed:
-            swap(decoder, path, _pack(format, module))
+        if path == HEAD and decoder.config.tied:
+            _tie(decoder)
+        elif format and path in packed | outer:
+            swap(decoder, path, _packed(format, module, path, parts, reader, device))
+        else:
+            _read(module, path, parts, reader, device)
     return decoder.eval()
 
 
-def _pack(format: WeightFormat, module: nn.Module) -> nn.Module:
-    packed, bias_O = format.pack(dense_OI(module)), getattr(module, "bias", None)
+def _read(
+    module: nn.Module, path: str, parts: Mapping[str, Part], reader: Reader, device: torch.device | str, but: str = ""
+) -> None:
+    """The module's own parameters, `but` for one."""
+    for name, shell in list(module.named_parameters(recurse=False)):
+        if name != but:
+            out = torch.empty(shell.shape, dtype=shell.dtype, device=device)
+            reader.read(parts[f"{path}.{name}"], out)
+            setattr(module, name, nn.Parameter(out))
+
+
+def _packed(
+    format: WeightFormat,
+    module: nn.Module,
+    path: str,
+    parts: Mapping[str, Part],
+    reader: Reader,
+    device: torch.device | str,
+) -> nn.Module:
+    """What stands for a linear map or the embeddings in this format."""
+    weight = module.get_parameter("weight")
+    blocks = reader.blocks(parts[f"{path}.weight"], weight.shape) if format.keeps else None
+    if blocks:
+        packed = format.keep(*blocks, weight.shape[1], weight.dtype).to(device)
+        _read(module, path, parts, reader, device, but="weight")
+    else:
+        _read(module, path, parts, reader, device)
+        packed = format.pack(module.get_parameter("weight").detach())
+    bias_O = getattr(module, "bias", None)
     if bias_O is not None:
         packed.bias = bias_O.detach()
-    return packed
+    return format.embed(packed) if path == EMBEDDINGS else packed
+
+
+def _tie(decoder: Decoder) -> None:
+    """The head is the matrix of the embeddings, in whatever form."""
+    embeddings = decoder.model.embed_tokens
+    if isinstance(embeddings, nn.Embedding):
+        decoder.lm_head.weight = embeddings.weight
+    else:
+        swap(decoder, HEAD, embeddings.base)
 
 
 def check(source: Source, decoder: Decoder) -> None:

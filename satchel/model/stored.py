@@ -9,8 +9,8 @@ import contextlib
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +79,17 @@ class Reader:
             out.copy_(part.make(whole))
         else:
             self._fill(stored, out if part.into is None else part.into(out), part.first, part.shift)
+
+    def blocks(self, part: Part, shape: Sequence[int]) -> tuple[Tensor, str] | None:
+        """A matrix as its file holds it: bytes of each row, [O, B], and their kind. None where these are no blocks."""
+        stored = self.tensors.get(part.stored)
+        if stored is None or stored.encoding.values == 1 or part.make is not None or part.shift:
+            return None
+        values, nbytes = stored.encoding.values, stored.encoding.nbytes
+        raw_OB = torch.empty(shape[0], shape[1] // values * nbytes, dtype=torch.uint8)
+        view = raw_OB if part.into is None else part.into(raw_OB)
+        self._fill(replace(stored, dtype="U8"), view, part.first // values * nbytes, 0.0)
+        return raw_OB, stored.dtype
 
     def _fill(self, stored: Stored, view: Tensor, first: int, shift: float) -> None:
         for piece, index in self.pieces(view, first):

@@ -19,9 +19,11 @@ TORCH = Path(torch.__file__).parent
 CPUINFO = Path("/proc/cpuinfo")
 
 WITH_TORCH = ("-O2", f"-I{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}")
+# Nobody looks at errno or the floating-point flags.
+SOUND = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-psabi")
 # For arithmetic on arrays: vectors as wide as the processor has. No rounding differs from what the source says, so none
-# of -ffast-math; but sqrt sets no errno, and nobody looks at the floating-point flags.
-ARITHMETIC = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
+# of -ffast-math.
+ARITHMETIC = (*SOUND, "-march=native", "-ffp-contract=off")
 
 
 def compiler() -> str | None:

@@ -21,6 +21,7 @@ from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.paged import PAGE, Pool, block_bytes
 from satchel.model.sampling import gumbel, kept
+from satchel.model.source import Source
 from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
 from satchel.run.forward import HEAD_ROWS, Part, hidden, logits
@@ -47,16 +48,18 @@ class Capacity:
         return self.limits.blocks * PAGE
 
 
-def capacity(job: ServeJob, config: ModelConfig, device: str, reserve_bytes: int = 0) -> Capacity:
+def capacity(
+    job: ServeJob, config: ModelConfig, device: str, reserve_bytes: int = 0, source: Source | None = None
+) -> Capacity:
     """The limits of an engine on this machine, now. Raises DoesNotFit with the memory that would do.
 
-    `reserve_bytes` are set aside for the requests of a server.
+    `reserve_bytes` are set aside for the requests of a server; a `source` matters to formats that keep its blocks.
     """
     if job.context > config.context:
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
     context, each = job.context or config.context, block_bytes(config, DTYPES[job.dtype])
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
-    tensors = rehearse_engine(job, config, device)
+    tensors = rehearse_engine(job, config, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"])}
     if reserve_bytes and device != "cuda":
         accounts["requests"] = reserve_bytes
@@ -73,11 +76,13 @@ def capacity(job: ServeJob, config: ModelConfig, device: str, reserve_bytes: int
     return Capacity(limits, budget, accounts | {"kv": blocks * each})
 
 
-def rehearse_engine(job: ServeJob, config: ModelConfig, device: str) -> dict[str, int]:
+def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Source | None = None) -> dict[str, int]:
     """Bytes by account at the peak of loading and of the largest step, the pool left out."""
-    layers = shallow(config.layer_kinds)
+    kinds = list(zip(config.layer_kinds, source.layer_encodings, strict=True)) if source else config.layer_kinds
+    layers = shallow(kinds)
+    format = None if job.format == "auto" else make("format", job.format)
     with FakeTensorMode(), Tracker("load", "model") as tracker:
-        model = staged(config, layers, DTYPES[job.dtype], device, make("format", job.format), tracker)
+        model = staged(config, layers, DTYPES[job.dtype], device, format, tracker, source, frozen=True)
         pool = Pool(model.config, 1, DTYPES[job.dtype], device)
         tracker.label([pool.data], "kv")
         tracker.mark("step", "blocks")
@@ -85,7 +90,7 @@ def rehearse_engine(job: ServeJob, config: ModelConfig, device: str) -> dict[str
         x_ND = hidden(model, pool, [part])
         tracker.mark("step", "head")
         _choose(logits(model, x_ND[: min(HEAD_ROWS, job.step_tokens)]))
-    phases = extend(tracker, stand_ins(config.layer_kinds, layers))
+    phases = extend(tracker, stand_ins(kinds, layers))
     peak = max(phases, key=lambda phase: phase.peak_bytes - phase.accounts.get("kv", 0))
     return {account: size for account, size in peak.accounts.items() if account != "kv"}
 

@@ -61,8 +61,7 @@ class Engine:
     ) -> None:
         """The pool is allocated here. Without a `tokenizer`, events have no text and stop texts are refused."""
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
-        weight = model.model.embed_tokens.weight
-        self.pool = Pool(model.config, limits.blocks, weight.dtype, weight.device, limits.context)
+        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context)
         self.shelf = make("preemption", preemption).start(self.pool.data)
         blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)

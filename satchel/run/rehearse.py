@@ -32,6 +32,7 @@ from satchel.model.linear import linears
 from satchel.model.load import fill
 from satchel.model.merge import merge
 from satchel.model.save import outgoing
+from satchel.model.source import Source
 from satchel.model.stored import FakeReader, Part
 from satchel.run.assemble import DTYPES, Assembly, assemble
 from satchel.run.export import PROMPT_TOKENS, require_close, trace
@@ -184,15 +185,27 @@ def staged(
     device: str,
     storage: WeightFormat | None,
     tracker: Tracker,
+    source: Source | None = None,
+    *,
+    frozen: bool = False,
 ) -> Decoder:
-    """The decoder with these layers alone, loaded from nowhere, its weights labelled."""
+    """The decoder with these layers alone, its weights labelled; loaded from nowhere, or as from a source."""
     tracker.mark("load", "model")
     pattern = tuple(config.layer_kinds[index] for index in layers)
     shell = Decoder(dataclasses.replace(config, layers=len(layers), pattern=pattern), dtype, device="meta")
-    parts = {name: Part(name) for name, _ in shell.named_parameters()}
-    decoder = fill(shell, parts, _NoFiles(), device, storage)
+    if source is None:
+        parts, reader = {name: Part(name) for name, _ in shell.named_parameters()}, _NoFiles()
+    else:
+        parts = {name: source.parts[_deep(name, layers)] for name, _ in shell.named_parameters()}
+        reader = FakeReader(source.tensors)
+    decoder = fill(shell, parts, reader, device, storage, frozen=frozen)
     _label(decoder.state_dict(keep_vars=True).items(), "weights", tracker)
     return decoder
+
+
+def _deep(name: str, layers: list[int]) -> str:
+    """What a parameter of the shallow model is called in the deep one."""
+    return LAYER.sub(lambda found: f"layers.{layers[int(found[1])]}.", name)
 
 
 def _marked(assembly: Assembly, tracker: Tracker, compute: Callable[[], Metrics]) -> Metrics:

@@ -18,8 +18,9 @@ from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.paged import PAGE
-from satchel.model.source import find_source, load_tokenizer
+from satchel.model.source import Source, find_source, load_tokenizer
 from satchel.model.tokenizer import Tokenizer
+from satchel.native.linear import kernel
 from satchel.run.assemble import DTYPES
 from satchel.run.capacity import Capacity, capacity
 from satchel.run.device import resolve
@@ -58,13 +59,14 @@ def open_service(
     source = find_source(job.model)
     tokenizer = load_tokenizer(source)
     other = beside(tokenizer, source.config.vocab)
+    job = job.replace(format=storage(job.format, source, device))
     _warm_up(job, source.config, device)
     if pages:
         pages.trim()  # those that were never touched would be taken for a part of what is resident
-    room = capacity(job, source.config, device, reserve_bytes)
+    room = capacity(job, source.config, device, reserve_bytes, source)
     governor = Governor(device, room.budget_bytes, pages)
     governor.begin()
-    model = load(source, DTYPES[job.dtype], device, make("format", job.format))
+    model = load(source, DTYPES[job.dtype], device, make("format", job.format), frozen=True)
     engine = Engine(
         model,
         room.limits,
@@ -78,6 +80,14 @@ def open_service(
     for folder in adapter_folders(job.adapters):
         engine.register(folder.name, folder)
     return Service(job, engine, tokenizer, room, governor, other)
+
+
+def storage(format: str, source: Source, device: str) -> str:
+    """The format of the weights, `auto` resolved: the blocks of the file where it has some that we multiply by."""
+    if format != "auto":
+        return format
+    blocks = any(stored.encoding.values > 1 for stored in source.tensors.values())
+    return "stored" if blocks and device == "cpu" and kernel() else "none"
 
 
 def adapter_folders(home: str) -> list[Path]:

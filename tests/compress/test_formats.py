@@ -52,7 +52,7 @@ def test_backward_keeps_neither_the_matrix_nor_x(method):
 def test_packing_is_the_same_in_chunks_as_at_once(method, monkeypatch):
     whole = method.pack(weight())
     matrix = whole.dense()
-    monkeypatch.setattr("satchel.compress._packed.CHUNK", 7 * 128)
+    monkeypatch.setattr("satchel.model.packed.CHUNK", 7 * 128)
     parts = method.pack(weight())
     assert torch.equal(parts.dense(), matrix)
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), parts.buffers(), strict=True))

@@ -4,6 +4,7 @@ Backward makes the matrix anew from the packed buffers, so that a layer keeps no
 frozen, and not the matrix.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class Packed(nn.Module):
 
     bias: Tensor | None  # [O]
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """`shape` is [O, I], `dtype` that of the matrix before it was packed."""
         super().__init__()
-        self.out_features, self.in_features = weight_OI.shape
-        self.dtype = weight_OI.dtype  # of the matrix before it was packed
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
         self.register_buffer("bias", None)
 
     def unpack_(self, out_OI: Tensor, rows: slice) -> None:
@@ -45,7 +47,11 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O] in x's dtype."""
-        return apply(_Multiply, x, self.bias, self)
+        return apply(_Multiply, x, self.bias, self) if torch.is_grad_enabled() else self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """What `forward` computes."""
+        return functional.linear(x, self.dense(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -55,7 +61,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_O: Tensor | None, packed: Packed) -> Tensor:
         ctx.packed = packed
-        return functional.linear(x, packed.dense(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+        return packed.multiply(x, bias_O)
 
     @staticmethod
     @once_differentiable

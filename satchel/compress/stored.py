@@ -1,0 +1,60 @@
+"""Weights in the blocks in which their file holds them: nothing is unpacked but in the registers that multiply.
+
+    W[o, i] = scale[o, m] * q[o, i] (+ offset[o, m])      GGUF's Q4_0, Q4_1, Q8_0, Q4_K as they are, m = i // 32
+
+Matrices of other kinds become Q8_0: 34 bytes for 32 weights, up to 0.4% of a block's largest weight in error. Takes
+what the file takes. Spends compute on unpacking, far less of it where native/linear.cpp runs, and 8 bits of precision
+in what multiplies few rows. Embeddings and head are packed as well unless something trains.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from satchel.core.seams import Card, WeightFormat
+from satchel.model.packed import require_groups
+from satchel.model.tiles import KINDS, TiledEmbedding, TiledLinear, decode, encode_q8, tiles_of
+from satchel.native.levels import LEVELS
+
+# O outputs, I inputs, B bytes of a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(WeightFormat):
+    """A file's own blocks: see the file's docstring."""
+
+    card = Card(
+        paper="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
+        saves=("weights",),
+        spends=("compute", "quality"),
+        fidelity="approx",
+        claim="a model runs from the file's own 4 or 8 bits a weight",
+    )
+    outer = True
+    keeps = True
+
+    level: str = "auto"  # instructions to use: auto, amx, avx512, avx2 or portable
+
+    def __post_init__(self) -> None:
+        self.require(self.level in ("auto", *LEVELS), f"level={self.level!r} is none of auto, {', '.join(LEVELS)}")
+
+    def pack(self, weight_OI: Tensor) -> nn.Module:
+        """A `TiledLinear` in Q8_0. Raises ModelError if blocks of 32 do not fill a row."""
+        require_groups(self.name, weight_OI, 32)
+        tiles = tiles_of(weight_OI, encode_q8)
+        return TiledLinear(tiles, "Q8_0", *weight_OI.shape, weight_OI.dtype, self.level)
+
+    def keep(self, raw_OB: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> nn.Module:
+        """A `TiledLinear` over the file's blocks, or over Q8_0 ones made of them."""
+        if kind in KINDS:
+            tiles = tiles_of(raw_OB, lambda some_OB: some_OB, kind)
+        else:
+            tiles, kind = tiles_of(raw_OB, lambda some_OB: encode_q8(decode(some_OB, kind))), "Q8_0"
+        return TiledLinear(tiles, kind, len(raw_OB), inputs, dtype, self.level)
+
+    def embed(self, packed: nn.Module) -> nn.Module:
+        """A `TiledEmbedding`."""
+        assert isinstance(packed, TiledLinear)
+        return TiledEmbedding(packed)

@@ -1,0 +1,103 @@
+"""The kernel of linear maps in tiles for CPUs, from Python: matrices as `linear.cpp` knows them, and its calls."""
+
+import ctypes
+from ctypes import byref, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from satchel.native import levels
+from satchel.native.build import build
+
+KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "BF16")  # as in matrix.h
+BLOCK = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34), "Q4_K": (256, 144), "BF16": (32, 64)}  # inputs, bytes
+ROWS = 16  # of a tile
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Matrix(ctypes.Structure):
+    """A matrix [O, I] in tiles. Fields as in matrix.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("tiles", "bias")),
+        *((name, c_int32) for name in ("kind", "outputs", "inputs")),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One product. Fields as in linear.cpp."""
+
+    _fields_ = [
+        ("matrix", Matrix),
+        *((name, c_void_p) for name in ("x", "y", "room")),
+        ("x_row", c_int64),
+        *((name, c_int32) for name in ("rows", "threads")),
+    ]
+
+
+def matrix(tiles: Tensor, bias_O: Tensor | None, kind: str, outputs: int, inputs: int) -> Matrix:
+    """The caller keeps `tiles` and `bias_O`, which is float32, alive and contiguous."""
+    bias = None if bias_O is None else bias_O.data_ptr()
+    return Matrix(tiles.data_ptr(), bias, KINDS.index(kind), outputs, inputs)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The library, compiled for one level of instructions. Its calls release the interpreter's lock."""
+
+    level: str
+    library: ctypes.CDLL
+
+    def linear(self, weight: Matrix, x_NI: Tensor, y_NO: Tensor) -> None:
+        """y = x W^T + b; x of DTYPES, its rows contiguous each, y of the same dtype and contiguous."""
+        room = torch.empty(room_bytes(*x_NI.shape), dtype=torch.uint8)
+        tensors = (t.data_ptr() for t in (x_NI, y_NO, room))
+        call = Call(weight, *tensors, x_NI.stride(0), x_NI.shape[0], torch.get_num_threads())
+        self.library.satchel_linear(byref(call), c_int(x_NI.dtype == torch.bfloat16))
+
+    def rows(self, weight: Matrix, at_N: Tensor, out_NI: Tensor) -> None:
+        """Rows of the matrix by number (int64), as numbers of DTYPES."""
+        at, out = c_void_p(at_N.data_ptr()), c_void_p(out_NI.data_ptr())
+        self.library.satchel_rows(byref(weight), at, c_int64(len(at_N)), out, c_int(out_NI.dtype == torch.bfloat16))
+
+
+def room_bytes(rows: int, inputs: int) -> int:
+    """Scratch memory of a product: its inputs as codes or as bfloat16 in tiles."""
+    return 2 * -(-rows // ROWS) * ROWS * inputs
+
+
+@cache
+def kernel(level: str = "auto") -> Kernel | None:
+    """The kernel for a level; `auto`: the fastest one whose results are right here. None without a C++ compiler."""
+    if level == "auto":
+        return next(filter(None, map(kernel, levels.supported())), None)
+    path = build("linear", levels.flags(level)) if level in levels.supported() else None
+    found = Kernel(level, ctypes.CDLL(str(path))) if path else None
+    return found if found and all(right(found, kind) for kind in KINDS) else None
+
+
+def right(kernel: Kernel, kind: str) -> bool:
+    """Whether products of few and of many rows are those of the matrix's own rows, as far as 8 bits can tell."""
+    inputs, outputs = 2 * BLOCK[kind][0], 2 * ROWS
+    tiles = example(kind, outputs, inputs, torch.Generator().manual_seed(0))
+    weight = matrix(tiles, None, kind, outputs, inputs)
+    dense_OI, many_NI = torch.empty(outputs, inputs), torch.arange(48 * inputs).sin().view(48, inputs)
+    kernel.rows(weight, torch.arange(outputs), dense_OI)
+    for x_NI in (many_NI[:3], many_NI):
+        y_NO, expected_NO = torch.empty(len(x_NI), outputs), x_NI @ dense_OI.T
+        kernel.linear(weight, x_NI, y_NO)
+        if not (y_NO - expected_NO).norm() <= 0.02 * expected_NO.norm():
+            return False
+    return True
+
+
+def example(kind: str, outputs: int, inputs: int, rng: torch.Generator) -> Tensor:
+    """Random tiles: any bytes are a matrix, once the scales are numbers."""
+    each, nbytes = BLOCK[kind]
+    tiles = torch.randint(0, 256, (outputs // ROWS * inputs // each, nbytes * ROWS), dtype=torch.uint8, generator=rng)
+    halves = {"BF16": nbytes // 2, "Q4_1": 2, "Q4_K": 2}.get(kind, 1) * ROWS
+    scale = torch.rand(len(tiles), halves, generator=rng).to(torch.bfloat16 if kind == "BF16" else torch.float16)
+    tiles[:, : 2 * halves] = scale.view(torch.uint8)
+    return tiles.flatten()

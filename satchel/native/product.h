@@ -1,0 +1,149 @@
+// Products of rows of inputs with matrices, 32 outputs at a time: few rows by dot products, many by AMX.
+//
+// A row's result depends neither on the other rows nor on the number of threads; only on whether all of them were many.
+
+#pragma once
+
+#include "matrix.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#define SATCHEL_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int kMany = 32;  // rows from which unpacking the weights for AMX pays
+
+#if defined(SATCHEL_AMX)
+
+// Linux gives tiles to a process that has asked for them once.
+inline bool may_use_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return may;
+}
+
+// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives.
+class Tiles {
+ public:
+  explicit Tiles(bool used) : used_(used) {
+    if (!used) return;
+    Layout layout = {};
+    layout.palette = 1;
+    for (int i = 0; i < 8; ++i) layout.bytes[i] = 64, layout.rows[i] = 16;
+    asm volatile("" : : "r"(&layout) : "memory");  // gcc <= 12 drops the stores above: ggml-org/llama.cpp#20824
+    _tile_loadconfig(&layout);
+  }
+  ~Tiles() {
+    if (used_) _tile_release();
+  }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Layout {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  };
+  bool used_;
+};
+
+// out[32][32] = the products of one or two tiles of 16 rows of inputs with two panels.
+template <bool Two>
+void tile_product(const uint16_t* x, const uint16_t* a, const uint16_t* b, int blocks, float* out) {
+  constexpr int kTile = kRows * kBlock;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int i = 0; i < blocks; ++i) {
+    _tile_loadd(6, a + i * kTile, 64);
+    _tile_loadd(7, b + i * kTile, 64);
+    _tile_loadd(4, x + i * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (Two) {
+      _tile_loadd(5, x + (blocks + i) * kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, 128);
+  _tile_stored(1, out + 16, 128);
+  if (Two) {
+    _tile_stored(2, out + 512, 128);
+    _tile_stored(3, out + 528, 128);
+  }
+}
+
+#else
+
+inline bool may_use_tiles() { return false; }
+struct Tiles {
+  explicit Tiles(bool) {}
+};
+template <bool Two>
+void tile_product(const uint16_t*, const uint16_t*, const uint16_t*, int, float*) {}
+
+#endif
+
+// How rows are brought to matrices of a kind.
+inline bool by_tiles(int rows) { return rows >= kMany && may_use_tiles(); }
+inline bool as_halves(int rows, int32_t kind) { return kind == kBF16 || by_tiles(rows); }
+
+inline void prepare(const float* from, const Input& x, int row, bool as_halves) {
+  as_halves ? narrow_row(from, x, row) : encode(from, x, row);
+}
+
+// 16 outputs of a matrix.
+struct Column {
+  const Matrix* matrix;
+  int group;
+};
+
+// Calls take(row, a, b) with the products of every row of inputs with two columns. `room`: 64 bytes an input.
+template <typename Take>
+void many_rows(Column left, Column right, const Input& x, uint16_t* room, Take take) {
+  alignas(64) float out[32 * 32];
+  const uint16_t* a = panel(*left.matrix, left.group, room);
+  const uint16_t* b = panel(*right.matrix, right.group, room + int64_t{x.inputs} * kRows);
+  for (int row = 0; row < x.rows; row += 32) {
+    const int count = std::min(32, x.rows - row);
+    count > kRows ? tile_product<true>(x.half(row), a, b, x.blocks(), out)
+                  : tile_product<false>(x.half(row), a, b, x.blocks(), out);
+    for (int r = 0; r < count; ++r) {
+      const auto* both = reinterpret_cast<const Vector*>(out + 32 * r);
+      take(row + r, both[0], both[1]);
+    }
+  }
+}
+
+template <typename Take>
+void some_rows(Column left, Column right, const Input& x, Take take) {
+  for (int row = 0; row < x.rows; row += kTogether) {
+    const int count = std::min(kTogether, x.rows - row);
+    Vector a[kTogether], b[kTogether];
+    few(*left.matrix, left.group, x, row, count, a);
+    few(*right.matrix, right.group, x, row, count, b);
+    for (int r = 0; r < count; ++r) take(row + r, a[r], b[r]);
+  }
+}
+
+template <typename Take>
+void product(Column left, Column right, const Input& x, uint16_t* room, Take take) {
+  by_tiles(x.rows) ? many_rows(left, right, x, room, take) : some_rows(left, right, x, take);
+}
+
+// Where the inputs of a call lie in scratch memory: see `room` in linear.py.
+inline Input input_in(uint8_t* room, int rows, int inputs) {
+  const int64_t padded = (int64_t{rows} + kRows - 1) / kRows * kRows * inputs;
+  auto* scale = reinterpret_cast<float*>(room + padded);
+  auto* sum = reinterpret_cast<int32_t*>(scale + padded / kBlock);
+  return {reinterpret_cast<int8_t*>(room), scale, sum, reinterpret_cast<uint16_t*>(room), rows, inputs};
+}
+
+}  // namespace

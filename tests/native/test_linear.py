@@ -1,0 +1,129 @@
+"""Products with matrices in blocks are those of the numbers in the blocks, at every level of instructions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from satchel.model.tiles import decode, tile, untile
+from satchel.native import levels
+from satchel.native.linear import BLOCK, KINDS, ROWS, example, kernel, matrix
+from tests.tolerances import EIGHT_BITS, TOLERANCE
+
+LEVELS = [level for level in levels.supported() if kernel(level)]
+MANY = 32  # rows from which AMX multiplies in bfloat16
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="no C++ compiler")
+
+
+def blocks(kind: str, outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tiles of a matrix, and its numbers [O, I] as torch decodes them."""
+    padded = -(-outputs // ROWS) * ROWS
+    tiles = example(kind, padded, inputs, torch.Generator().manual_seed(seed))
+    raw_OB = untile(tiles, kind, inputs)
+    dense_OI = raw_OB.view(torch.bfloat16) if kind == "BF16" else decode(raw_OB, kind)
+    return tiles, dense_OI[:outputs].float()
+
+
+def product(level: str, kind: str, tiles: torch.Tensor, x_NI: torch.Tensor, outputs: int, bias_O=None) -> torch.Tensor:
+    y_NO = x_NI.new_full((len(x_NI), outputs), torch.nan)
+    kernel(level).linear(matrix(tiles, bias_O, kind, outputs, x_NI.shape[1]), x_NI, y_NO)
+    return y_NO
+
+
+def coded(x_NI: torch.Tensor) -> torch.Tensor:
+    """What few rows are multiplied as: 8 bits with a scale for each 32 inputs."""
+    x_NMQ = x_NI.float().unflatten(1, (-1, 32))
+    scale_NM1 = x_NMQ.abs().amax(-1, keepdim=True) / 127
+    return torch.nan_to_num(x_NMQ / scale_NM1).round().mul(scale_NM1).flatten(1)
+
+
+def close(y_NO: torch.Tensor, expected_NO: torch.Tensor, tolerance: float) -> bool:
+    return bool((y_NO.float() - expected_NO).norm() <= tolerance * expected_NO.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_hold_the_same_bytes_in_another_order(kind):
+    raw_OB = torch.randint(0, 256, (32, 3 * BLOCK[kind][1]), dtype=torch.uint8)
+    tiles = tile(raw_OB, kind)
+    assert tiles.numel() == raw_OB.numel()
+    assert torch.equal(untile(tiles, kind, 3 * BLOCK[kind][0]), raw_OB)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_the_numbers_of_the_blocks_bit_for_bit(level, kind):
+    tiles, dense_OI = blocks(kind, 48, 512)
+    at_N = torch.tensor([0, 47, 16, 16, 5])
+    out_NI = torch.empty(5, 512)
+    kernel(level).rows(matrix(tiles, None, kind, 48, 512), at_N, out_NI)
+    assert close(out_NI, dense_OI[at_N], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_that_of_the_numbers(level, kind, dtype):
+    for outputs, inputs in ((16, 256), (80, 768)):
+        tiles, dense_OI = blocks(kind, outputs, inputs)
+        for rows in (1, 2, 7, 8, 9, 31, 32, 33, 50):
+            x_NI = torch.randn(rows, inputs).to(dtype)
+            y_NO = product(level, kind, tiles, x_NI, outputs)
+            assert close(y_NO, x_NI.float() @ dense_OI.T, EIGHT_BITS), (outputs, rows)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K"])
+def test_few_rows_are_rounded_to_8_bits_and_nothing_else_is(level, kind):
+    tiles, dense_OI = blocks(kind, 64, 512)
+    x_NI = torch.randn(MANY - 1, 512)
+    assert close(product(level, kind, tiles, x_NI, 64), coded(x_NI) @ dense_OI.T, TOLERANCE[torch.float32])
+
+
+@given(outputs=st.integers(1, 70), blocks_of=st.integers(1, 5), rows=st.integers(1, 70), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_shape_with_a_bias_and_rows_apart(outputs, blocks_of, rows, data):
+    level, kind = data.draw(st.sampled_from(LEVELS)), data.draw(st.sampled_from(KINDS))
+    inputs = blocks_of * BLOCK[kind][0]
+    tiles, dense_OI = blocks(kind, outputs, inputs)
+    x_NI = torch.randn(rows, inputs + 3)[:, :inputs]
+    bias_O = torch.randn(outputs)
+    y_NO = product(level, kind, tiles, x_NI, outputs, bias_O)
+    assert y_NO.isfinite().all()
+    assert close(y_NO, x_NI @ dense_OI.T + bias_O, EIGHT_BITS)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_its_company_nor_on_threads(level, kind):
+    tiles, _ = blocks(kind, 528, 512)
+    x_NI = torch.randn(70, 512)
+    threads = torch.get_num_threads()
+    for some in (range(1, MANY), range(MANY, 70, 5)):
+        wholes = [product(level, kind, tiles, x_NI[:rows], 528) for rows in some]
+        torch.set_num_threads(3)
+        assert torch.equal(product(level, kind, tiles, x_NI[: some[-1]], 528), wholes[-1])
+        torch.set_num_threads(threads)
+        assert all(torch.equal(whole, wholes[-1][: len(whole)]) for whole in wholes)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none_and_in_its_row(level, kind, bad):
+    tiles, _ = blocks(kind, 32, 512)
+    for rows in (3, 40):
+        x_NI = torch.randn(rows, 512)
+        x_NI[1, 77] = bad
+        finite_N = product(level, kind, tiles, x_NI, 32).isfinite().all(1)
+        assert finite_N.tolist() == [row != 1 for row in range(rows)]
+
+
+def test_extremes_of_codes_and_inputs_do_not_overflow():
+    tiles = torch.full((2 * BLOCK["Q8_0"][1] * ROWS,), 128, dtype=torch.uint8)  # every code is -128
+    scale = torch.ones(ROWS, dtype=torch.float16).view(torch.uint8)
+    tiles.view(2, -1)[:, : 2 * ROWS] = scale
+    for level in LEVELS:
+        for sign in (1.0, -1.0):
+            y_NO = product(level, "Q8_0", tiles, torch.full((1, 64), sign * 127), ROWS)
+            assert torch.equal(y_NO, torch.full((1, ROWS), sign * 64 * 127 * -128))
