@@ -1,6 +1,6 @@
 """Logits of one storage of the weights in all compositions of a step: python -m bench._company_run '{"dtype": ...}'.
 
-Everything goes through the engine's own pass (run/forward.py): rows padded, keys and values in pages, heads in groups.
+All of it goes through the engine's own pass (model/forward.py): rows padded, keys and values in pages, heads in groups.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import satchel
 from bench._serve_run import prompts
 from satchel.core.book import make
 from satchel.model.decoder import Decoder
+from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
 from satchel.model.load import load
 from satchel.model.paged import PAGE, Pool
 from satchel.model.source import find_source
 from satchel.run.assemble import DTYPES
-from satchel.run.forward import HEAD_ROWS, Part, hidden, logits
 
 # S texts, T tokens of each, V vocabulary
 
@@ -64,7 +64,7 @@ def _group(model: Decoder, texts: Sequence[Sequence[int]], part: int) -> Tensor:
             for number, (text, table) in enumerate(zip(texts, tables, strict=True))
         ]
         rows = sum(one.fed for one in parts)
-        x_ND = hidden(model, pool, parts)[:rows]
+        x_ND = hidden(model, pool.pages, parts)[:rows]
         heads_NV = torch.cat([logits(model, some) for some in x_ND.split(HEAD_ROWS)])
         pieces.append(heads_NV.view(len(texts), -1, heads_NV.shape[-1]))
     return torch.cat(pieces, 1)

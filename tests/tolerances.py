@@ -16,6 +16,9 @@ FOUR_BITS = 0.1
 # the terms of short sums cancel.
 EIGHT_BITS = 0.03
 
+# A share of decisions on one text against the same on another: two points, as the methods' authors round them.
+SHARE = 0.02
+
 # Rehearsed against allocated bytes: an allocator rounds up to pages, and tables that last as long as the process
 # (the codes of 8-bit moments, half a MiB) belong to no job.
 REHEARSED = 0.02

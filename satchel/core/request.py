@@ -135,6 +135,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int  # of all answers, those that best_of dropped included
     cached_tokens: int = 0  # of the prompt, found in the pool
+    guessed_tokens: int = 0  # ahead of the model,
+    accepted_tokens: int = 0  # and kept
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from satchel.core.units import parse_bytes
 
 TOGETHER = 8  # bodies of the largest size that may be held at once
 PARSED = 24  # times its size that a body may take while it is read
-METHOD_FIELDS = ("format", "admission", "preemption", "decoding")  # each named after its slot
+METHOD_FIELDS = ("format", "admission", "preemption", "decoding", "skip")  # each named after its slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class ServeJob:
     admission: str = "fcfs"  # who runs next
     preemption: str = "recompute"  # what becomes of keys and values that lose their place
     decoding: str = "plain"  # how tokens are found
+    skip: str = "none"  # which feed-forwards a token of an answer leaves out
     adapters: str = ""  # folder whose subfolders are PEFT adapters, each served under its own name
     seed: int = 0  # of requests that bring none
 

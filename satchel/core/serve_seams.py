@@ -6,13 +6,18 @@ Torch appears in annotations only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from satchel.core.request import Request
 from satchel.core.seams import Method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from satchel.model.config import ModelConfig
+    from satchel.model.paged import Pages
+    from satchel.model.tokenizer import Tokenizer
 
 
 class Ticket(Protocol):
@@ -77,17 +82,44 @@ class Speaker(Protocol):
         """Prompt and answer so far."""
         ...
 
+    @property
+    def request(self) -> Request:
+        """What was asked for, and how tokens are chosen."""
+        ...
+
+    @property
+    def key(self) -> int:
+        """Of its randomness: the noise at a position is a function of `mix(key, position)` and the token alone."""
+        ...
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values lie in `table`."""
+        ...
+
+    @property
+    def table(self) -> Sequence[int]:
+        """Its blocks; they have room for what this step runs and for the guesses that are asked for."""
+        ...
+
 
 class Proposer(ABC):
     """What guesses at tokens for the answers of one engine. It never calls the model that checks them.
 
     The engine runs the model on the guesses and keeps them as long as each is the token that it would have chosen;
-    the choice is a function of logits, seed and position, so that guessing changes no answer.
+    the choice is a function of logits, key and position, so that guessing changes no answer. One who knows the key may
+    choose by the same noise: then a guess fails only where the two models' probabilities part.
     """
 
+    most: int = 0  # guesses for one answer at once, at most
+
     @abstractmethod
-    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
-        """Guesses for each answer, at most `room` of them, down to none."""
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
+        """Guesses for each answer of a step, at most `room` of them, down to none.
+
+        The model is about to see `fed` tokens of each answer, from `cached` on; those who do not yet see all of theirs
+        have no room for guesses.
+        """
 
     def learn(self, speaker: Speaker, guessed: int, right: int) -> None:  # noqa: B027
         """The first `right` of the `guessed` tokens were; the answer has them and one more by now."""
@@ -101,9 +133,45 @@ class Decoding(Method):
 
     slot = "decoding"
 
+    def beside(self) -> ModelConfig | None:
+        """The second model that it runs, whose keys and values lie in the pool's blocks too; None: there is none."""
+        return None
+
     @abstractmethod
-    def start(self, model: nn.Module) -> Proposer:
-        """What guesses for one engine, whose model this is."""
+    def start(self, model: nn.Module, pages: Pages | None = None, tokenizer: Tokenizer | None = None) -> Proposer:
+        """What guesses for one engine, whose model this is. `pages`: of the second model. Raises UserError."""
+
+
+class Feed(Protocol):
+    """What runs the feed-forwards of one pass over a row of tokens."""
+
+    def __call__(self, layer: int, run: Callable[[Tensor], Tensor], x_BTD: Tensor, /) -> Tensor:
+        """The residual stream after the feed-forward of a layer, [B, T, D]: `run(x)`, or less than that.
+
+        `run` takes any tokens' streams, [..., D], and gives them back with what the feed-forward adds.
+        """
+        ...
+
+
+class Skipper(ABC):
+    """What decides for the answers of one engine which feed-forwards their tokens leave out."""
+
+    skipped: int = 0  # feed-forwards of single tokens that were left out,
+    eligible: int = 0  # of those of all tokens that might have left some out
+
+    @abstractmethod
+    def over(self, said_N: Tensor) -> Feed:
+        """For one pass: how many tokens of its answer came before each token of the row; below 0 in a prompt."""
+
+
+class Skip(Method):
+    """Which feed-forwards a token of an answer leaves out."""
+
+    slot = "skip"
+
+    @abstractmethod
+    def start(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> Skipper:
+        """What decides in one engine, whose model this is; calibrates itself if need be. Raises UserError."""
 
 
 class Arrival(Protocol):

@@ -21,6 +21,9 @@ from satchel.core.serve_seams import Decoding, Draft, Proposer, Speaker
 if TYPE_CHECKING:
     from torch import nn
 
+    from satchel.model.paged import Pages
+    from satchel.model.tokenizer import Tokenizer
+
 
 @dataclass
 class _Memory:
@@ -47,11 +50,11 @@ class _Lookup(Proposer):
     """The memories of the answers of one engine."""
 
     def __init__(self, method: "Lookup") -> None:
-        self.method = method
+        self.method, self.most = method, method.tokens
         self.memories: dict[tuple[int, int], _Memory] = {}
 
-    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
-        return [self._guess(speaker, most) for speaker, most in zip(speakers, room, strict=True)]
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
+        return [self._guess(speaker, most) if most else () for speaker, most in zip(speakers, room, strict=True)]
 
     def learn(self, speaker: Speaker, guessed: int, right: int) -> None:
         memory = self.memories[speaker.id, speaker.index]
@@ -88,6 +91,6 @@ class Lookup(Decoding):
         self.require(1 <= self.ngram <= 16, f"ngram={self.ngram} is outside [1, 16]; 3 is usual")
         self.require(1 <= self.least <= 16, f"least={self.least} is outside [1, 16]; 1 is usual")
 
-    def start(self, model: "nn.Module") -> Proposer:
+    def start(self, model: "nn.Module", pages: "Pages | None" = None, tokenizer: "Tokenizer | None" = None) -> Proposer:
         """A proposer without any memory yet."""
         return _Lookup(self)

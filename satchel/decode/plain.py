@@ -15,11 +15,14 @@ from satchel.core.serve_seams import Decoding, Draft, Proposer, Speaker
 if TYPE_CHECKING:
     from torch import nn
 
+    from satchel.model.paged import Pages
+    from satchel.model.tokenizer import Tokenizer
+
 
 class _Silent(Proposer):
     """Guesses nothing."""
 
-    def propose(self, speakers: Sequence[Speaker], room: Sequence[int]) -> list[Draft]:
+    def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
         return [() for _ in speakers]
 
 
@@ -29,6 +32,6 @@ class Plain(Decoding):
 
     card = Card(paper="https://arxiv.org/abs/1706.03762")
 
-    def start(self, model: "nn.Module") -> Proposer:
+    def start(self, model: "nn.Module", pages: "Pages | None" = None, tokenizer: "Tokenizer | None" = None) -> Proposer:
         """A proposer that guesses nothing."""
         return _Silent()

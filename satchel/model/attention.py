@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from satchel.core.serve_seams import Feed
 from satchel.model.attend import attend, attend_documents, shares
 from satchel.model.cache import Past
 from satchel.model.config import ModelConfig
@@ -24,6 +25,7 @@ class Place:
     tables: dict[Rope | None, tuple[Tensor, Tensor]]  # cosines and sines, [T, R/2]
     lengths: tuple[int, ...] | None = None  # of the documents in the row
     cache: Past | None = None  # what came before
+    feed: Feed | None = None  # what runs the feed-forwards; None: nothing stands between
 
     def attend(self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, **how: Any) -> Tensor:
         """What queries find among the keys of their own document, [B, T, H, E]. Only here do tokens meet."""

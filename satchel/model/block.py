@@ -55,8 +55,11 @@ class Block(nn.Module):
         if self.parallel:
             return x_BTD + a_BTD + self.mlp(self._norm("into_mlp", x_BTD))
         x_BTD = self._norm("after_attention", x_BTD + a_BTD)
-        m_BTD = self._norm("out_of_mlp", self.mlp(self._norm("into_mlp", x_BTD)))
-        return self._norm("after_mlp", x_BTD + m_BTD)
+        return place.feed(self.self_attn.index, self._feed, x_BTD) if place.feed else self._feed(x_BTD)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """The stream after the feed-forward; every token by itself."""
+        return self._norm("after_mlp", x + self._norm("out_of_mlp", self.mlp(self._norm("into_mlp", x))))
 
     def shares(self, x_1TD: Tensor, query_S: Tensor, place: Place) -> Tensor:
         """What share of attention some queries give to each token of a document, [S, T]; see `Attention.shares`."""

@@ -25,6 +25,7 @@ from satchel.model.rope import rope_tables
 
 if TYPE_CHECKING:
     from satchel.core.seams import Activations, Run
+    from satchel.core.serve_seams import Feed
 
 # B batch, T tokens, N tokens of one row of documents, D width, V vocabulary
 
@@ -83,14 +84,21 @@ class Decoder(nn.Module):
         """Logits [B, T, V] for tokens [B, T]; see `hidden` for `lengths` and `cache`."""
         return self.logits(self.hidden(tokens_BT, lengths=lengths, cache=cache))
 
-    def hidden(self, tokens_BT: Tensor, *, lengths: tuple[int, ...] | None = None, cache: Past | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        lengths: tuple[int, ...] | None = None,
+        cache: Past | None = None,
+        feed: "Feed | None" = None,
+    ) -> Tensor:
         """The state [B, T, D] that the head reads, after the final norm.
 
         `lengths`: the tokens are one row of documents of these lengths, each of which sees itself only and starts at
-        position 0. `cache`: what came before; it is extended by the tokens.
+        position 0. `cache`: what came before; it is extended by the tokens. `feed`: what runs the feed-forwards.
         """
         if lengths is None:
-            return self._run(tokens_BT, None, cache)
+            return self._run(tokens_BT, None, cache, feed)
         if cache is not None or tokens_BT.shape[0] != 1 or sum(lengths) != tokens_BT.shape[1]:
             raise ModelError(
                 f"lengths {lengths} describe one row of {sum(lengths)} tokens without a cache; "
@@ -130,13 +138,15 @@ class Decoder(nn.Module):
             else:
                 parameter.fill_(0.0 if plus_one or name.endswith("bias") else 1.0)
 
-    def _run(self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Past | None) -> Tensor:
+    def _run(
+        self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Past | None, feed: "Feed | None" = None
+    ) -> Tensor:
         position_T, longest = cache.positions(tokens_BT) if cache else self._positions(tokens_BT, lengths)
         rows = self.config.learned_positions
         if rows and longest + self.config.position_offset > rows:
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
-        place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache)
+        place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache, feed)
         runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
         for run in runs or self.layers:
             x_BTD = run(x_BTD, place)

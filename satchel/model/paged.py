@@ -1,12 +1,13 @@
 """Keys and values of many sequences in pages of one pool, and a row of their new tokens to run at once.
 
     pool = Pool(config, blocks=1000, dtype=torch.bfloat16)
-    row = Row(pool, [Stretch(table, past=32, tokens=1), ...]);   x_1ND = decoder.hidden(tokens_1N, cache=row)
+    row = Row(pool.pages, [Stretch(table, past=32, tokens=1), ...]);   x_1ND = decoder.hidden(tokens_1N, cache=row)
 
 A block is 16 tokens in all layers, contiguous, so that it is moved by one copy. Within it lie, layer by layer, the keys
-as [K, E, 16] and the values as [K, 16, E]. The new tokens of all sequences form one row without padding; each attends
-to its own sequence only, through the sequence's table of blocks. On a CPU that is native/paged.cpp, which copies
-nothing; elsewhere, and without a compiler, torch gathers the pages of one sequence at a time.
+as [K, E, 16] and the values as [K, 16, E]; behind them those of a second model that reads the same tokens, if there is
+one: who holds, shares, copies or moves a block does so for both. The new tokens of all sequences form one row without
+padding; each attends to its own sequence only, through the sequence's table of blocks. On a CPU that is
+native/paged.cpp, which copies nothing; elsewhere, and without a compiler, torch gathers one sequence's pages at a time.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,19 @@ from satchel.model.attend import attend
 from satchel.model.config import ModelConfig
 from satchel.native import paged as native
 
-# N tokens of the row, S sequences, M pages of all tables, H query heads, K kv heads, E head dim, P = PAGE
+# N tokens of the row, S sequences, B blocks of X numbers, M pages of all tables
+# H query heads, K kv heads, E head dim, P = PAGE
 
 PAGE = native.PAGE
+
+
+class Pages:
+    """The keys and values of one model in a pool."""
+
+    def __init__(self, data_BX: Tensor, config: ModelConfig, context: int) -> None:
+        """`data_BX`: its part of every block."""
+        self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, PAGE * config.head_dim))
+        self.context = context  # the longest sequence there will be, tokens
 
 
 class Pool:
@@ -35,11 +46,18 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         context: int = 0,
+        beside: ModelConfig | None = None,
     ) -> None:
-        """`context`: the longest sequence there will be, tokens; 0: the longest that the model was made for."""
-        shape = (blocks, config.layers, 2, config.kv_heads, PAGE * config.head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
-        self.context = context or config.context
+        """`context`: the longest sequence there will be, tokens; 0: the longest that the model was made for.
+
+        `beside`: a second model, whose keys and values of the same tokens lie in the same blocks.
+        """
+        configs = [config, *([beside] if beside else [])]
+        sizes = [_numbers(each) for each in configs]
+        self.data = torch.empty(blocks, sum(sizes), dtype=dtype, device=device)
+        parts = zip(self.data.split(sizes, dim=1), configs, strict=True)
+        self.pages, *more = (Pages(part_BX, each, context or config.context) for part_BX, each in parts)
+        self.beside = more[0] if more else None
 
     @property
     def blocks(self) -> int:
@@ -58,8 +76,12 @@ class Pool:
 
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of PAGE tokens."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * PAGE * dtype.itemsize
+    """Bytes of the keys and values of PAGE tokens of one model."""
+    return _numbers(config) * dtype.itemsize
+
+
+def _numbers(config: ModelConfig) -> int:
+    return 2 * config.layers * config.kv_heads * config.head_dim * PAGE
 
 
 @dataclass(frozen=True)
@@ -74,10 +96,10 @@ class Stretch:
 class Row:
     """The sequences of one forward pass: where their new tokens stand and where their pasts lie."""
 
-    def __init__(self, pool: Pool, stretches: Sequence[Stretch], tokens: int = 0) -> None:
+    def __init__(self, pages: Pages, stretches: Sequence[Stretch], tokens: int = 0) -> None:
         """`tokens`: of the row; beyond those of the stretches it is filler, whose result means nothing."""
-        self.pool = pool
-        device = pool.data.device
+        self.pages = pages
+        device = pages.data.device
         first = [0, *accumulate(stretch.tokens for stretch in stretches)]
         used = [stretch.table[: -(-(stretch.past + stretch.tokens) // PAGE)] for stretch in stretches]
         self.filler = max(tokens - first[-1], 0)
@@ -87,12 +109,12 @@ class Row:
         self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
         spans = [torch.arange(stretch.past, stretch.past + stretch.tokens) for stretch in stretches]
         self.position_N = torch.cat([*spans, torch.zeros(self.filler, dtype=torch.int64)]).to(device)
-        self.layers = [LayerPages(self, index) for index in range(pool.data.shape[1])]
+        self.layers = [LayerPages(self, index) for index in range(pages.data.shape[1])]
 
     def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
         """The tokens' positions, and the longest sequence that there may be: one for all, so that no frequency depends
         on the company."""
-        return self.position_N, self.pool.context
+        return self.position_N, self.pages.context
 
 
 class LayerPages:
@@ -112,7 +134,7 @@ class LayerPages:
         cap: float | None = None,
     ) -> Tensor:
         """Stores keys and values of the new tokens, and attends from these: [1, N, H, E]."""
-        row, data = self.row, self.row.pool.data
+        row, data = self.row, self.row.pages.data
         keys, values = data[:, self.index, 0], data[:, self.index, 1]
         how = scale, window or 0, cap or 0.0
         return torch.ops.satchel.paged_attention(

@@ -19,6 +19,8 @@ class _Open:
     left: int  # answers that have not ended
     said: int = 0  # tokens of those that have
     reused: int = 0
+    guessed: int = 0
+    right: int = 0
     held: dict[int, list[Event]] = field(default_factory=dict)  # by answer, until the best are known
     score: dict[int, float] = field(default_factory=dict)  # mean logarithm of an answer's tokens
 
@@ -63,12 +65,13 @@ class Answers:
         request.left -= 1
         request.said += s.said_count
         request.reused = max(request.reused, s.reused)
+        request.guessed, request.right = request.guessed + s.guessed, request.right + s.right
         request.score[s.index] = s.logprob / max(s.said_count, 1)
         if request.left:
             return events
         del self.open[s.id]
         events = events or _best(request)
-        usage = Usage(len(request.request.prompt), request.said, request.reused)
+        usage = Usage(len(request.request.prompt), request.said, request.reused, request.guessed, request.right)
         return [*events[:-1], replace(events[-1], usage=usage)]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

@@ -3,10 +3,12 @@
     blocks = (memory - process - weights - largest step) / bytes of a block
 
 What a step takes beside weights and pool does not depend on the pool, so one rehearsal is enough, whatever the memory.
+A second model that guesses ahead is rehearsed as the first is: it sees the same rows, before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +21,12 @@ from satchel.core.request import Sampling
 from satchel.core.serve import ServeJob
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
+from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
 from satchel.model.paged import PAGE, Pool, block_bytes
 from satchel.model.sampling import gumbel, kept
 from satchel.model.source import Source
 from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
-from satchel.run.forward import HEAD_ROWS, Part, hidden, logits
 from satchel.run.memory import available_bytes, resident_bytes
 from satchel.run.rehearse import staged
 from satchel.run.rung import PROCESS, process_bytes
@@ -57,9 +59,10 @@ def capacity(
     """
     if job.context > config.context:
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
-    context, each = job.context or config.context, block_bytes(config, DTYPES[job.dtype])
+    models = [config, *second_models(job)]
+    context, each = job.context or config.context, sum(block_bytes(model, DTYPES[job.dtype]) for model in models)
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
-    tensors = rehearse_engine(job, config, device, source)
+    tensors = rehearse_all(job, models, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"])}
     if reserve_bytes and device != "cuda":
         accounts["requests"] = reserve_bytes
@@ -76,8 +79,25 @@ def capacity(
     return Capacity(limits, budget, accounts | {"kv": blocks * each})
 
 
+def second_models(job: ServeJob) -> list[ModelConfig]:
+    """What runs beside the job's model, if anything does."""
+    found = make("decoding", job.decoding).beside()
+    return [found] if found else []
+
+
+def rehearse_all(
+    job: ServeJob, models: Sequence[ModelConfig], device: str, source: Source | None = None
+) -> dict[str, int]:
+    """Bytes by account at the peak, of the models together: one runs at a time, and their weights all stay."""
+    first, *others = models
+    found = [rehearse_engine(job, first, device, source)]
+    found += [rehearse_engine(job.replace(format="none"), other, device) for other in others]
+    highest = max(found, key=lambda accounts: sum(accounts.values()) - accounts["weights"])
+    return highest | {"weights": sum(accounts["weights"] for accounts in found)}
+
+
 def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Source | None = None) -> dict[str, int]:
-    """Bytes by account at the peak of loading and of the largest step, the pool left out."""
+    """Bytes by account at the peak of loading one model and of its largest step, the pool left out."""
     kinds = list(zip(config.layer_kinds, source.layer_encodings, strict=True)) if source else config.layer_kinds
     layers = shallow(kinds)
     format = None if job.format == "auto" else make("format", job.format)
@@ -87,7 +107,7 @@ def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Sou
         tracker.label([pool.data], "kv")
         tracker.mark("step", "blocks")
         part = Part([0] * job.step_tokens, [], [0] * -(-job.step_tokens // PAGE), 0, 0)
-        x_ND = hidden(model, pool, [part])
+        x_ND = hidden(model, pool.pages, [part])
         tracker.mark("step", "head")
         _choose(logits(model, x_ND[: min(HEAD_ROWS, job.step_tokens)]))
     phases = extend(tracker, stand_ins(kinds, layers))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from satchel.core.request import Logprob
 from satchel.model.decoder import Decoder
+from satchel.model.forward import HEAD_ROWS, Part, logits
 from satchel.model.sampling import History, allow, choose, logprob_of, mix
-from satchel.run.forward import HEAD_ROWS, Part, logits
 from satchel.run.sequence import Sequence
 
 # N tokens of a step, R rows of them, D width, V vocabulary

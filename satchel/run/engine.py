@@ -24,13 +24,14 @@ from torch import Tensor
 
 from satchel.core.book import make
 from satchel.core.request import Event, Request
+from satchel.core.serve_seams import Draft
 from satchel.model.decoder import Decoder
+from satchel.model.forward import Part, groups, hidden, logits
 from satchel.model.paged import PAGE, Pool
 from satchel.run.adapters import Adapters
 from satchel.run.answers import Answers
 from satchel.run.blocks import Blocks
 from satchel.run.choice import add_states, mean_state, next_token, rate_prompt, rated
-from satchel.run.forward import HEAD_ROWS, Part, groups, hidden, logits
 from satchel.run.intake import begin, check
 from satchel.run.scheduler import Limits, Scheduler, Turn
 from satchel.run.sequence import Sequence
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 # N tokens of a step, R rows of logits, V vocabulary
 
-COUNTS = ("requests", "steps", "tokens", "answered", "reused", "guessed", "right")  # sums since the start
+COUNTS = ("requests", "steps", "tokens", "answered", "reused", "drafts", "guessed", "right")  # sums since the start
 BROKEN = "the model's logits are no numbers; its weights or this prompt's values overflow the dtype"
 
 
@@ -56,17 +57,21 @@ class Engine:
         admission: str = "fcfs",
         preemption: str = "recompute",
         decoding: str = "plain",
+        skip: str = "none",
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The pool is allocated here. Without a `tokenizer`, events have no text and stop texts are refused."""
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
-        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context)
+        how = make("decoding", decoding)
+        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context, how.beside())
         self.shelf = make("preemption", preemption).start(self.pool.data)
         blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)
         self.scheduler = Scheduler(limits, blocks, make("admission", admission), self.adapters, clock, self.pool.copy)
-        self.proposer = make("decoding", decoding).start(model)
+        self.proposer = how.start(model, self.pool.beside, tokenizer)
+        skipping = make("skip", skip)
+        self.skipper = skipping.start(model, tokenizer) if skipping else None
         self.answers = Answers()
         self.siblings: dict[int, list[Sequence]] = {}  # by request, answers that begin when the prompt was seen
         self.counts: Counter[str] = Counter()
@@ -105,7 +110,7 @@ class Engine:
         sequences = sorted(turn.work, key=lambda s: s.root)  # those of one adapter stand together
         parts = self._parts(turn, sequences, self._propose(turn))
         with self.adapters.using((s.adapter, part.all_rows) for s, part in zip(sequences, parts, strict=True)):
-            x_ND = hidden(self.model, self.pool, parts)
+            x_ND = hidden(self.model, self.pool.pages, parts, self.skipper)
         self.counts.update(steps=1, tokens=sum(part.fed for part in parts))
         return events + self._accept(sequences, parts, x_ND)
 
@@ -142,6 +147,7 @@ class Engine:
             "adapters": len(self.adapters.registered),
             "adapters_resident": len(self.adapters.resident),
             "adapter_loads": self.adapters.loads,
+            "skipped": self.skipper.skipped if self.skipper else 0,
             **{name: self.counts[name] for name in COUNTS},
         }
 
@@ -153,19 +159,22 @@ class Engine:
     def _under_way(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
-    def _propose(self, turn: Turn) -> dict[Sequence, list[int]]:
+    def _propose(self, turn: Turn) -> dict[Sequence, Draft]:
         """Guesses for answers that grow token by token, as far as the step and the pool have room."""
-        asking = [s for s in turn.work if s.pending == 1 and s.said_count and s.constraint is None]
+        asking = {s for s in turn.work if s.pending == 1 and s.said_count and s.constraint is None}
         share = (self.limits.step_tokens - turn.tokens) // max(len(asking), 1)
-        room = [min(share, s.request.max_tokens - s.said_count - 1, HEAD_ROWS - 1) for s in asking]
-        drafts = zip(asking, self.proposer.propose(asking, room), strict=True)
-        return {s: list(draft[: self.scheduler.extend(s, len(draft))]) for s, draft in drafts if draft}
+        most = {s: min(share, self.proposer.most, s.request.max_tokens - s.said_count - 1) for s in asking}
+        room = [self.scheduler.extend(s, most[s]) if s in asking else 0 for s in turn.work]
+        drafts = self.proposer.propose(list(turn.work), room, list(turn.work.values()))
+        for s, draft in zip(turn.work, drafts, strict=True):
+            self.scheduler.trim(s, len(draft))
+        return dict(zip(turn.work, drafts, strict=True))
 
-    def _parts(self, turn: Turn, sequences: list[Sequence], drafts: dict[Sequence, list[int]]) -> list[Part]:
+    def _parts(self, turn: Turn, sequences: list[Sequence], drafts: dict[Sequence, Draft]) -> list[Part]:
         parts, first = [], 0
         for s in sequences:
             tokens = s.tokens[s.cached : s.cached + turn.work[s]]
-            parts.append(Part(tokens, drafts.get(s, []), s.table, s.cached, first))
+            parts.append(Part(tokens, drafts[s], s.table, s.cached, first, s.cached - len(s.request.prompt)))
             first += parts[-1].fed
         return parts
 
@@ -225,9 +234,10 @@ class Engine:
                 break
         said = s.tokens[begin:]
         right = sum(token == guess for token, guess in zip(said, draft, strict=False))
-        self.counts.update(answered=len(said), guessed=len(draft), right=right)
+        self.counts.update(answered=len(said), drafts=bool(draft), guessed=len(draft), right=right)
         self.scheduler.seen(s, len(s.tokens) - 1)
         if draft:
+            s.guessed, s.right = s.guessed + len(draft), s.right + right
             self.proposer.learn(s, len(draft), right)
         if s.finish:
             self._drop(s)

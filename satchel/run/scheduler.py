@@ -120,6 +120,11 @@ class Scheduler:
         self._grow(sequence, len(sequence.tokens) + fits)
         return fits
 
+    def trim(self, sequence: Sequence, tokens: int) -> None:
+        """Give back the blocks beyond those for so many tokens more than the sequence has."""
+        while len(sequence.table) > self.blocks.needed(len(sequence.tokens) + tokens):
+            self.blocks.release(sequence.table.pop())
+
     def seen(self, sequence: Sequence, cached: int) -> None:
         """The model has seen the first `cached` tokens; full blocks become findable."""
         if sequence not in self.running:

@@ -35,6 +35,8 @@ class Sequence:
     charged: int = 0  # tokens that the tenant has paid for; what is computed again costs nothing
     reused: int = 0  # tokens of the prompt that the pool had
     preempted: int = 0  # times
+    guessed: int = 0  # tokens of the answer that were guessed ahead,
+    right: int = 0  # and kept
     logprob: float = 0.0  # of the answer so far
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
     state_D: Tensor | None = None  # sum over the first `summed` tokens, float32

@@ -22,7 +22,7 @@ from satchel.model.source import Source, find_source, load_tokenizer
 from satchel.model.tokenizer import Tokenizer
 from satchel.native.linear import kernel
 from satchel.run.assemble import DTYPES
-from satchel.run.capacity import Capacity, capacity
+from satchel.run.capacity import Capacity, capacity, second_models
 from satchel.run.device import resolve
 from satchel.run.engine import Engine
 from satchel.run.governor import Governor
@@ -60,7 +60,8 @@ def open_service(
     tokenizer = load_tokenizer(source)
     other = beside(tokenizer, source.config.vocab)
     job = job.replace(format=storage(job.format, source, device))
-    _warm_up(job, source.config, device)
+    for config in (source.config, *second_models(job)):
+        _warm_up(job, config, device)
     if pages:
         pages.trim()  # those that were never touched would be taken for a part of what is resident
     room = capacity(job, source.config, device, reserve_bytes, source)
@@ -74,6 +75,7 @@ def open_service(
         admission=job.admission,
         preemption=job.preemption,
         decoding=job.decoding,
+        skip=job.skip,
         seed=job.seed,
         clock=clock,
     )

@@ -7,7 +7,7 @@ from tests.run.toys import toy_decoder
 
 def test_nothing_is_guessed():
     model = toy_decoder()
-    assert Plain().start(model).propose([None, None], [3, 4]) == [(), ()]
+    assert Plain().start(model).propose([None, None], [3, 4], [1, 1]) == [(), ()]
     engine = Engine(model, Limits(blocks=8, context=64), decoding="plain")
     engine.submit(Request(prompt=(5, 6), max_tokens=10))
     engine.run()

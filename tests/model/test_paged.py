@@ -130,7 +130,7 @@ def test_a_row_of_sequences_gives_the_logits_of_each_alone(family):
     tables, logits = ([3, 1], [0, 5]), {0: [], 1: []}
     for (begin_a, end_a), (begin_b, end_b) in (((0, 9), (0, 20)), ((9, 10), (20, 21)), ((10, 23), (21, 23))):
         row = Row(
-            pool, [Stretch(tables[0], begin_a, end_a - begin_a), Stretch(tables[1], begin_b, end_b - begin_b)], 40
+            pool.pages, [Stretch(tables[0], begin_a, end_a - begin_a), Stretch(tables[1], begin_b, end_b - begin_b)], 40
         )
         tokens = torch.cat([a[begin_a:end_a], b[begin_b:end_b], torch.zeros(row.filler, dtype=torch.int64)])
         out = decoder(tokens[None], cache=row)[0]

@@ -18,6 +18,7 @@ from satchel.core.request import Event, Usage
 
 FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 GAUGES = {  # by figure of the engine
     "running": ("vllm:num_requests_running", "Answers that the engine works on"),
     "waiting": ("vllm:num_requests_waiting", "Answers that wait for room"),
@@ -26,6 +27,7 @@ COUNTERS = {
     "preemptions": ("vllm:num_preemptions", "Times that an answer made room for another"),
     "reused": ("vllm:prefix_cache_hits", "Tokens of prompts that were found in the pool"),
     "steps": ("satchel:steps", "Steps of the engine"),
+    "drafts": ("vllm:spec_decode_num_drafts", "Times that tokens were guessed ahead for an answer"),
     "guessed": ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead"),
     "right": ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed ahead and kept"),
 }
@@ -44,6 +46,9 @@ class Metrics:
         self.said = Counter("vllm:generation_tokens", "Tokens of answers", **label).labels(model)
         self.first = Histogram("vllm:time_to_first_token_seconds", "", buckets=SLOW, **label).labels(model)
         self.between = Histogram("vllm:inter_token_latency_seconds", "", buckets=FAST, **label).labels(model)
+        self.kept = Histogram(
+            "satchel:request_spec_decode_acceptance_ratio", "Guesses kept, by request", buckets=SHARES, **label
+        ).labels(model)
         self.whole = Histogram("vllm:e2e_request_latency_seconds", "", buckets=SLOW, **label).labels(model)
         self.ended = Counter(
             "vllm:request_success", "Answers by their end", ["model_name", "finished_reason"], registry=self.registry
@@ -98,6 +103,9 @@ class Timer:
         now = time.monotonic()
         self.metrics.whole.observe(now - self.begun_s)
         self.metrics.prompt.inc(sum(usage.prompt_tokens for usage in usages))
+        for usage in usages:
+            if usage.guessed_tokens:
+                self.metrics.kept.observe(usage.accepted_tokens / usage.guessed_tokens)
         self.metrics.recent.append((now, self.tokens))
 
 

@@ -115,12 +115,14 @@ class Reply:
     def usage(self) -> dict[str, Any]:
         """Of all requests together."""
         asked, said = sum(u.prompt_tokens for u in self.usages), sum(u.completion_tokens for u in self.usages)
-        cached = sum(u.cached_tokens for u in self.usages)
+        cached, right = sum(u.cached_tokens for u in self.usages), sum(u.accepted_tokens for u in self.usages)
+        wrong = sum(u.guessed_tokens for u in self.usages) - right
         return {
             "prompt_tokens": asked,
             "completion_tokens": said,
             "total_tokens": asked + said,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"accepted_prediction_tokens": right, "rejected_prediction_tokens": wrong},
         }
 
     def _header(self, kind: str) -> dict[str, Any]:

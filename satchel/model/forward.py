@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from satchel.core.serve_seams import Skipper
 from satchel.model.decoder import Decoder
-from satchel.model.paged import Pool, Row, Stretch
+from satchel.model.paged import Pages, Row, Stretch
 
 # N tokens of a step, R rows of them, D width, V vocabulary
 
@@ -25,6 +26,7 @@ class Part:
     table: Sequence[int]  # its blocks
     past: int  # tokens that these hold already
     first: int  # row of its first token in the step
+    said: int = -1  # tokens of the answer before its first token; below 0: tokens of the prompt from there on
 
     @property
     def fed(self) -> int:
@@ -43,13 +45,21 @@ class Part:
 
 
 @torch.inference_mode()
-def hidden(model: Decoder, pool: Pool, parts: Sequence[Part]) -> Tensor:
-    """The state [N, D] before the head of every token of the step; keys and values go into the pool."""
+def hidden(model: Decoder, pages: Pages, parts: Sequence[Part], skipper: Skipper | None = None) -> Tensor:
+    """The state [N, D] before the head of every token of the step; keys and values go into its pages."""
     stretches = [Stretch(part.table, part.past, part.fed) for part in parts]
     tokens = [token for part in parts for token in (*part.tokens, *part.draft)]
-    row = Row(pool, stretches, padded(len(tokens)))
+    row = Row(pages, stretches, padded(len(tokens)))
     tokens += [0] * row.filler
-    return model.hidden(torch.tensor([tokens], device=pool.data.device), cache=row)[0]
+    feed = skipper.over(_said(parts, len(tokens)).to(pages.data.device)) if skipper else None
+    return model.hidden(torch.tensor([tokens], device=pages.data.device), cache=row, feed=feed)[0]
+
+
+def _said(parts: Sequence[Part], rows: int) -> Tensor:
+    """For every row, tokens of its answer before it; -1 where it is filler."""
+    said = [torch.arange(part.said, part.said + part.fed) for part in parts]
+    filler = rows - sum(part.fed for part in parts)
+    return torch.cat([*said, torch.full((filler,), -1)])
 
 
 @torch.inference_mode()

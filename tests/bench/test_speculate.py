@@ -1,0 +1,36 @@
+"""The bench of guessing ahead measures every decoding there is, and says what it is worth."""
+
+import pytest
+
+from bench import _speculate_run, speculate
+from satchel.core import book
+
+
+def test_every_decoding_of_the_book_is_measured():
+    measured = {text.partition(":")[0] for text in speculate.WAYS.values()}
+    assert measured == {entry.name for entry in book.entries() if entry.slot == "decoding"}
+    for text in speculate.WAYS.values():
+        book.check("decoding", text.format(small="x"))
+
+
+def test_a_row_compares_with_plain_decoding():
+    plain = {"cpu_ms": 8.0, "wall_ms": 6.0, "tokens": 100, "steps": 100, "guessed": 0, "right": 0, "drafts": 0}
+    plain |= {"said": [[1, 2], [3, 4]]}
+    guessed = plain | {"cpu_ms": 4.0, "wall_ms": 3.0, "steps": 40, "guessed": 80, "right": 60, "drafts": 40}
+    found = speculate.row("edit", 0.0, 1, "lookup", [guessed | {"said": [[1, 2], [3, 5]]}], [plain])
+    assert (found["right, share"], found["guesses a draft"], found["tokens a step"]) == (0.75, 2.0, 2.5)
+    assert (found["speed, CPU"], found["speed, wall"], found["same"]) == (2.0, 2.0, 0.5)
+    assert speculate.row("edit", 0.0, 1, "lookup", [{"error": "no room"}], [plain])["failed"] == "no room"
+
+
+@pytest.mark.slow
+def test_the_bench_runs(tmp_path):
+    from bench import _speculate_draft
+
+    folder = str(tmp_path / "small")
+    assert _speculate_draft.main({"layers": 2, "texts": 16, "steps": 2, "folder": folder})["texts"] == 16
+    case = {"prompts": "question", "batch": 1, "temperature": 0.0, "tokens": 6}
+    plain = _speculate_run.main(case | {"decoding": "plain"})
+    for way in ("draft:model={small}", "specdecpp:model={small}"):
+        found = _speculate_run.main(case | {"decoding": way.format(small=folder)})
+        assert found["tokens"] == plain["tokens"] == 24 and found["guessed"] > 0
