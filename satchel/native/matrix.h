@@ -35,7 +35,7 @@ constexpr int kTogether = 8;     // rows of inputs that share one reading of the
 constexpr int kTogether = 2;
 #endif
 
-using Words = int32_t __attribute__((vector_size(64), aligned(1), may_alias));
+using Fours = int32_t __attribute__((vector_size(64), aligned(1), may_alias));
 using Small = uint16_t __attribute__((vector_size(32), aligned(1), may_alias));
 
 struct Matrix {
@@ -57,7 +57,7 @@ struct Input {
   uint16_t* half(int row) const { return halves + int64_t{row / kRows} * kRows * inputs + row % kRows * kBlock; }
 };
 
-inline Ints words(const uint8_t* from) { return *reinterpret_cast<const Words*>(from); }
+inline Ints words(const uint8_t* from) { return *reinterpret_cast<const Fours*>(from); }
 inline Vector as_floats(Ints bits) { return reinterpret_cast<Vector>(bits); }
 inline Vector floats(Ints x) { return __builtin_convertvector(x, Vector); }
 

@@ -104,11 +104,6 @@ inline Vector with_bias(Vector value, const Matrix& m, int group) {
   return m.bias ? value + *reinterpret_cast<const Vector*>(m.bias + group * kRows) : value;
 }
 
-inline void narrow16(Vector value, float* to) { *reinterpret_cast<Vector*>(to) = value; }
-inline void narrow16(Vector value, Half* to) {
-  for (int i = 0; i < kLanes; ++i) narrow(value[i], to[i]);
-}
-
 // One thread's part of a call.
 template <typename T>
 class Worker {
