@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import subprocess
+import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from bench._serve_load import Trace, clients, figures
+from bench._server import Served, free_port, high_water, satchel, served
+from satchel.core.request import Request
+from satchel.core.serve import ServeJob
+from satchel.model.source import demo_path, load_tokenizer
+from satchel.run.records import read_records
+from satchel.run.serve import open_service
 
-PROMPT, ANSWER, LONG_PROMPT = 128, 48, 1500  # tokens
+PROMPT, LONG_PROMPT = 128, 1500  # tokens
 MEMORY, CONTEXT, BATCH = "1536MiB", 2048, 32
 ROUNDS = {1: 2}  # requests of each client, where it is not one
 WARM = 9  # requests before anything is measured
+CORES = os.cpu_count() or 1
 Tokens = list[list[int]]
 
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
     """The figures of one case."""
-    ways = {"http": http, "engine": engine, "transformers": transformers, "mixed": mixed}
+    ways = {"http": http, "engine": engine, "transformers": transformers, "llama": llama}
     return ways[case["way"]](case)
 
 
 def prompts(count: int, length: int, seed: int) -> Tokens:
     """Pieces of Python's reference that begin at different places."""
-    from satchel.model.source import load_tokenizer
-    from satchel.run.records import read_records
-
     text = "\n".join(record["text"] for _, record in read_records("demo", lambda problem: None))
     tokens = load_tokenizer("demo").encode(text[: 8 * (seed * 37 + count * length)])
     return [tokens[at : at + length] for at in range(seed * 37, seed * 37 + count * length, length)]
@@ -48,53 +50,51 @@ def plan(case: dict[str, Any]) -> dict[int, list[Tokens]]:
     return found
 
 
-def body(prompt: list[int], answer: int) -> dict[str, Any]:
-    """A request that does not end before its time."""
-    return {"prompt": prompt, "max_tokens": answer, "temperature": 0, "ignore_eos": True}
+def body(prompt: list[int], answer: int, way: str = "http") -> dict[str, Any]:
+    """A request that does not end before its time; llama.cpp's takes a text, and no word for it."""
+    asked = {"max_tokens": answer, "temperature": 0}
+    if way == "llama":
+        tokenizer = load_tokenizer("demo")
+        return asked | {"prompt": tokenizer.decode(prompt), "logit_bias": {str(i): -100 for i in tokenizer.stop_ids}}
+    return asked | {"prompt": prompt, "ignore_eos": True}
 
 
 def http(case: dict[str, Any]) -> dict[str, Any]:
-    """Through `satchel serve`."""
-    answer = 8 if case["quick"] else ANSWER
-    with served(512) as (port, process):
-        warm_up(port)
-        levels = {}
-        for count, mine in plan(case).items():
-            traces = asyncio.run(clients(port, [[body(prompt, answer) for prompt in each] for each in mine]))
-            levels[count] = figures(traces, high_water(process.pid))
-    return {"levels": levels}
+    """Through `satchel serve`; then eight answers that grow while another client sends long prompts."""
+    options = {"memory": MEMORY, "context": CONTEXT, "batch": BATCH, "step_tokens": case["step_tokens"]}
+    with served(satchel(case["model"], format=case["format"], **options)) as server:
+        warm_up(server.port)
+        levels = levels_of(case, lambda mine: clients(server.port, mine), server)
+        return {"levels": levels, "mixed": mixed(case, server) if case["mixed"] else None}
 
 
-def mixed(case: dict[str, Any]) -> dict[str, Any]:
-    """Eight answers that grow while another client sends long prompts, one after another."""
-    answer = 16 if case["quick"] else 2 * ANSWER
-    with served(case["step_tokens"]) as (port, process):
-        warm_up(port)
-        short = [[body(prompt, answer)] for prompt in prompts(8, PROMPT, 1)]
-        long = [[body(prompt, 1) for prompt in prompts(4, LONG_PROMPT, 5)]]
-        traces = asyncio.run(clients(port, short + long))
-        return {"mixed": figures([trace for trace in traces if trace.tokens > 1], high_water(process.pid))}
+def levels_of(case: dict[str, Any], ask: Callable[..., Any], server: Served) -> dict[int, dict[str, float]]:
+    """The figures for each number of clients."""
+    found = {}
+    for count, mine in plan(case).items():
+        bodies = [[body(prompt, case["answer"], case["way"]) for prompt in each] for each in mine]
+        found[count] = figures(asyncio.run(ask(bodies)), server.peak_bytes)
+    return found
 
 
-@contextlib.contextmanager
-def served(step_tokens: int) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """Port and process of a server that is ready."""
-    settings = {"memory": MEMORY, "context": CONTEXT, "batch": BATCH, "step-tokens": step_tokens, "port": 0}
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "satchel", "serve", "--model", "demo", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = []
-        for line in process.stdout or ():
-            lines.append(line)
-            if " is served at " in line:
-                break
-        else:
-            raise RuntimeError((process.stderr.read() if process.stderr else "").strip() or "the server did not start")
-        yield int(lines[-1].partition(" is served at ")[2].partition(";")[0].rpartition(":")[2]), process
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+def mixed(case: dict[str, Any], server: Served) -> dict[str, float]:
+    """Of eight answers that grow while another client sends long prompts, one after another."""
+    short = [[body(prompt, 2 * case["answer"])] for prompt in prompts(8, PROMPT, 21)]
+    long = [[body(prompt, 1) for prompt in prompts(case["long"], LONG_PROMPT, 5)]]
+    traces = asyncio.run(clients(server.port, short + long))
+    return figures([trace for trace in traces if trace.tokens > 1], server.peak_bytes)
+
+
+def llama(case: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's server, as llama-cpp-python has it, on the file that the demo model is: 4 bits a weight."""
+    port = free_port()
+    options = {"model": str(demo_path()), "host": "127.0.0.1", "port": port, "n_ctx": CONTEXT, "n_batch": 512}
+    options |= {"n_threads": CORES, "n_threads_batch": CORES, "interrupt_requests": False, "verbose": False}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with served([case["python"], "-m", "llama_cpp.server", *words], port) as server:
+        warm = [[body(prompt, 4, "llama") for prompt in prompts(2, PROMPT, 90)]]
+        asyncio.run(clients(server.port, warm))
+        return {"levels": levels_of(case, lambda mine: clients(server.port, mine), server)}
 
 
 def warm_up(port: int) -> None:
@@ -104,13 +104,8 @@ def warm_up(port: int) -> None:
 
 def engine(case: dict[str, Any]) -> dict[str, Any]:
     """The same engine and limits, in a loop that does nothing else."""
-    from satchel.core.request import Request
-    from satchel.core.serve import ServeJob
-    from satchel.run.serve import open_service
-
-    job = ServeJob(model="demo", memory=MEMORY, context=CONTEXT, batch=BATCH, step_tokens=512)
-    runner = open_service(job).engine
-    answer = 8 if case["quick"] else ANSWER
+    how = {"memory": MEMORY, "context": CONTEXT, "batch": BATCH, "step_tokens": case["step_tokens"]}
+    runner = open_service(ServeJob(model=case["model"], format=case["format"], **how)).engine
 
     def run(mine: list[Tokens], answer: int) -> list[Trace]:
         left, traces, open_ones = [list(each) for each in mine], [], {}
@@ -136,13 +131,13 @@ def engine(case: dict[str, Any]) -> dict[str, Any]:
         return traces
 
     run([[prompt] for prompt in prompts(WARM, PROMPT, 90)], 4)
-    return {"levels": {count: figures(run(mine, answer), high_water("self")) for count, mine in plan(case).items()}}
+    return {
+        "levels": {count: figures(run(mine, case["answer"]), high_water("self")) for count, mine in plan(case).items()}
+    }
 
 
 def transformers(case: dict[str, Any]) -> dict[str, Any]:
     """`generate` on one batch of all clients; every token of the batch comes at once."""
-    import tempfile
-
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
@@ -154,10 +149,7 @@ def transformers(case: dict[str, Any]) -> dict[str, Any]:
             self.came_s.append(time.monotonic())
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with tempfile.TemporaryDirectory() as folder:
-        save = "import sys, satchel; satchel.save(satchel.load('demo'), sys.argv[1])"  # apart: it is not their memory
-        subprocess.run([sys.executable, "-c", save, f"{folder}/m"], check=True)
-        model = AutoModelForCausalLM.from_pretrained(f"{folder}/m", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.bfloat16)
 
     def run(mine: list[Tokens], answer: int) -> list[Trace]:
         traces = []
@@ -178,14 +170,9 @@ def transformers(case: dict[str, Any]) -> dict[str, Any]:
         return traces
 
     run([[prompt] for prompt in prompts(2, PROMPT, 90)], 4)
-    answer = 8 if case["quick"] else ANSWER
-    return {"levels": {count: figures(run(mine, answer), high_water("self")) for count, mine in plan(case).items()}}
-
-
-def high_water(pid: int | str) -> int:
-    """The most bytes that a process ever held."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
+    return {
+        "levels": {count: figures(run(mine, case["answer"]), high_water("self")) for count, mine in plan(case).items()}
+    }
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +34,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(command: list[str], ready: str = " is served at ") -> Iterator[Served]:
-    """Runs a command until it says `ready` and its address on stdout; ends it in good order after the block."""
+def served(command: list[str], port: int = 0) -> Iterator[Served]:
+    """Runs a server; ready when it takes connections on `port`, or, without one, says on stdout where it does. Ends it
+    in good order after the block."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
-            yield Served(_port(process, log, ready), process, log)
+            yield Served(_wait(process, log, port) if port else _port(process, log), process, log)
         finally:
             leave(process)
 
@@ -77,9 +80,25 @@ def high_water(pid: int | str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
 
 
-def _port(process: subprocess.Popen[str], log: Path, ready: str) -> int:
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as at:
+        at.bind(("127.0.0.1", 0))
+        return at.getsockname()[1]
+
+
+def _wait(process: subprocess.Popen[str], log: Path, port: int) -> int:
+    end = time.monotonic() + PATIENCE_S
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return port
+        time.sleep(0.1)
+    raise RuntimeError(log.read_text().strip()[-2000:] or "the server did not start")
+
+
+def _port(process: subprocess.Popen[str], log: Path) -> int:
     for line in process.stdout or ():
-        if ready in line:
-            return int(re.search(r":(\d+)", line.partition(ready)[2])[1])  # type: ignore[index]
+        if found := re.search(r" is served at http://[^;]*:(\d+)", line):
+            return int(found[1])
     process.wait()
     raise RuntimeError(log.read_text().strip() or "the server did not start")

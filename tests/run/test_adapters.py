@@ -5,20 +5,33 @@ import random
 import pytest
 import torch
 
+import satchel
 from satchel.adapt import load_peft, save_peft
 from satchel.core.book import make
 from satchel.core.errors import ModelError, UnknownName, UserError
 from satchel.core.request import Request, Sampling
 from satchel.model.adapters import attach
+from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from tests.run.toys import toy_decoder
 
 PROMPT = tuple(range(5, 40))
+LLAMA = {"model_type": "llama", "vocab_size": 132, "hidden_size": 32, "intermediate_size": 48, "rms_norm_eps": 1e-6}
+LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+LLAMA |= {"max_position_embeddings": 256, "hidden_act": "silu", "rope_theta": 1e4}
 
 
-def write_adapter(folder, rank, seed, spelling="lora", targets=""):
-    model = toy_decoder()
+def llama():
+    """A toy that transformers knows, too."""
+    decoder = Decoder(ModelConfig.from_hf(LLAMA))
+    decoder.init_weights(torch.Generator().manual_seed(7), std=0.1)
+    return decoder
+
+
+def write_adapter(folder, rank, seed, spelling="lora", targets="", make_model=toy_decoder):
+    model = make_model()
     method = make("adapter", f"{spelling}:rank={rank}" + (f",targets={targets}" if targets else ""))
     attach(model, method, torch.Generator().manual_seed(seed))
     rng = torch.Generator().manual_seed(seed)
@@ -39,8 +52,8 @@ def folders(tmp_path_factory):
     return [write_adapter(home / f"a{i}", r, i, kinds[i % 2], targets[i % 3 == 2]) for i, r in enumerate(ranks)]
 
 
-def engine(folders=(), **limits):
-    served = Engine(toy_decoder(), Limits(**({"blocks": 200, "batch": 8, "step_tokens": 64, "context": 256} | limits)))
+def engine(folders=(), make_model=toy_decoder, **limits):
+    served = Engine(make_model(), Limits(**({"blocks": 200, "batch": 8, "step_tokens": 64, "context": 256} | limits)))
     for folder in folders:
         served.register(folder.name, folder)
     return served
@@ -170,3 +183,28 @@ def test_what_is_no_adapter_of_this_model_is_refused_and_changes_nothing(folders
     with pytest.raises(UnknownName):
         engine().submit(Request(prompt=(5,), max_tokens=2, adapter="a0"))
     assert served.stats()["adapters"] == 1 and served.idle
+
+
+def test_thirty_two_in_one_batch_give_what_peft_gives_each_alone(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    folders = [
+        write_adapter(tmp_path / f"b{i}", (1, 4, 16, 24)[i % 4], i, ("lora", "rslora")[i % 2]) for i in range(32)
+    ]
+    served = engine(folders, llama, blocks=1200, batch=32, step_tokens=32 * len(PROMPT))
+    ids = [
+        served.submit(Request(prompt=PROMPT[i:], max_tokens=1, prompt_logprobs=True, adapter=f"b{i}"))
+        for i in range(32)
+    ]
+    said = {event.id: event for event in served.step()}
+    assert len(said) == 32, "all of them in one step"
+    served.check_integrity()
+    base = transformers.AutoModelForCausalLM.from_pretrained(satchel.save(llama(), tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(base, folders[0], adapter_name="b0")
+    for i, id in enumerate(ids):
+        if i:
+            theirs.load_adapter(folders[i], adapter_name=f"b{i}")
+        theirs.set_adapter(f"b{i}")
+        with torch.no_grad():
+            expected_TV = theirs(torch.tensor([PROMPT[i:]])).logits[0].log_softmax(-1)
+        for at, logprob in enumerate(said[id].prompt_logprobs[1:]):
+            assert logprob.logprob == pytest.approx(float(expected_TV[at, PROMPT[i + at + 1]]), abs=1e-4)
