@@ -16,7 +16,7 @@ from pathlib import Path
 
 from satchel.core.units import parse_bytes
 
-PATIENCE_S = 120  # for a server to start, and to leave
+PATIENCE_S = 600  # for a server to start, and to leave
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ENGINE_FLAGS = """
     --config --model --device --memory --dtype --format --context --batch --step-tokens --admission --preemption
     --decoding --skip --seed --adapters
 """
-SERVE_FLAGS = ENGINE_FLAGS + "--host --port --api-keys --queue --timeout --drain --max-body"
+SERVE_FLAGS = ENGINE_FLAGS + "--host --port --api-keys --queue --timeout --drain --max-body --replicas"
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script
     "batch": ENGINE_FLAGS,
     "bench": "",

@@ -34,10 +34,14 @@ def serve(
     timeout: Annotated[str, typer.Option(help="Longest time of an answer.", rich_help_panel=PANEL)] = "10min",
     drain: Annotated[str, typer.Option(help="At the end, time for what runs.", rich_help_panel=PANEL)] = "30s",
     max_body: Annotated[str, typer.Option(help="Longest body.", rich_help_panel=PANEL)] = "1MiB",
+    replicas: Annotated[
+        int, typer.Option(help="Engines behind one address, which share the memory.", min=1, rich_help_panel=PANEL)
+    ] = 1,
 ) -> None:
     """Serve a model to any OpenAI client, inside the budget. SIGTERM or ctrl-C ends it in good order."""
     with needs("serve"):
         from satchel.run.server.logs import log_to
+        from satchel.run.server.replicas import serve_replicas
         from satchel.run.server.start import Serving
 
     terms = Terms(queue, parse_bytes(max_body), parse_seconds(timeout), drain_s=parse_seconds(drain))
@@ -48,4 +52,7 @@ def serve(
             status.stop()
             out.print(Text(line), soft_wrap=True)
 
-        Serving(job, host, port, api_keys, terms).run(note)
+        if replicas > 1:
+            serve_replicas(job, replicas, host, port, api_keys, terms, note)
+        else:
+            Serving(job, host, port, api_keys, terms).run(note)

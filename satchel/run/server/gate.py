@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -19,6 +21,7 @@ from satchel.run.server.sending import ClientGone
 log = logging.getLogger("satchel.server")
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+LINGER_S = 2.0  # for the rest of a body that is not wanted
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
@@ -36,7 +39,7 @@ class Gate:
         id = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state |= {"request_id": id, "client": None, "usage": {}}
-        out = _Out(send, id)
+        out, receive = _Out(send, id), _In(receive)
         begun_s = time.monotonic()
         try:
             if scope["path"].startswith("/v1/"):
@@ -49,12 +52,12 @@ class Gate:
             async with self.bodies.whole(kind, length, receive) as whole:
                 await self.app(scope, whole, out)
         except Fault as fault:
-            await out.fault(fault)
+            await out.fault(fault, receive)
         except ClientGone:
             pass
         except Exception as error:
             log.exception("request failed", extra={"fields": {"request_id": id}})
-            await out.fault(broken(f"{type(error).__name__}; the server's log has the request id {id}"))
+            await out.fault(broken(f"{type(error).__name__}; the server's log has the request id {id}"), receive)
         finally:
             self._note(scope, state, out.status, time.monotonic() - begun_s)
 
@@ -72,6 +75,26 @@ class Gate:
         log.log(level, "request", extra={"fields": fields | state["usage"]})
 
 
+class _In:
+    """Passes a request's body on; remembers whether that was all of it."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive, self.whole = receive, False
+
+    async def __call__(self) -> Message:
+        message = await self.receive()
+        self.whole = not message.get("more_body", False)
+        return message
+
+    async def linger(self) -> None:
+        """Throw away what is still on its way, for a while: a client that is sending when the connection is closed
+        loses the answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self.whole:
+                    await self()
+
+
 class _Out:
     """Passes an answer on, with the request's id; remembers what became of it."""
 
@@ -85,7 +108,7 @@ class _Out:
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
         await self.send(message)
 
-    async def fault(self, fault: Fault) -> None:
+    async def fault(self, fault: Fault, receive: _In) -> None:
         """Answers with an error, unless an answer has begun."""
         if self.status:
             return
@@ -95,4 +118,6 @@ class _Out:
             headers["connection"] = "close"  # the rest of the body is not read
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self({"type": "http.response.start", "status": fault.status, "headers": raw})
-        await self({"type": "http.response.body", "body": body})
+        await self({"type": "http.response.body", "body": body, "more_body": True})
+        await receive.linger()
+        await self({"type": "http.response.body", "body": b""})

@@ -16,6 +16,7 @@ import pytest
 
 from satchel.core.errors import UserError
 from satchel.run.server.house import Terms
+from satchel.run.server.keys import Keys
 from satchel.run.server.listen import bind
 from tests.run.server.toy import Running
 
@@ -114,6 +115,19 @@ def test_a_body_that_does_not_arrive_is_given_up():
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         answer = b"".join(iter(lambda: raw.recv(4096), b""))
     assert b" 408 " in answer and b"did not arrive in time" in answer
+
+
+@pytest.mark.parametrize("keys", [None, Keys({"x": None})])
+def test_who_still_sends_a_body_that_is_not_wanted_hears_why(keys):
+    with Running(keys, terms=Terms(body_bytes=1000)) as running, connected(running) as raw:
+        body = b"x" * 5_000_000
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(
+            body
+        )
+        raw.sendall(head + body)
+        time.sleep(0.2)  # the answer is read late
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert (b" 401 " if keys else b" 413 ") in answer[:20] and answer.endswith(b"}")
 
 
 def test_too_many_requests_are_told_when_to_come_again():
