@@ -1,9 +1,10 @@
 """What the open requests may take of the process's memory, beside the pool: a share of it that is set aside for them.
 
-    bytes = answers * (prompt + max_tokens) * TOKEN  +  reported logarithms * LOGPROB        for each request
+    bytes = (answers * prompt + (answers - 1) * max_tokens) * TOKEN  +  reported logarithms * LOGPROB   of each request
 
-It is counted from a request's submission to the end of its reply, at the most that it may come to: the tokens of every
-answer as Python keeps them, the text, and the logarithms of tokens and their alternatives until the reply is written.
+It is counted from a request's submission to the end of its reply, at the most that it may come to: the prompt, which
+every answer has for itself, answers that ended before the last one, and the logarithms of tokens and their alternatives
+until the reply is written. Of answers that run no more tokens exist than the pool has room for, which is little.
 """
 
 from __future__ import annotations
@@ -52,5 +53,5 @@ def weight(request: Request) -> int:
     """Bytes that a request may come to."""
     told = request.max_tokens + len(request.prompt) * request.prompt_logprobs
     logprobs = 0 if request.logprobs is None else told * (1 + request.logprobs)
-    each = SEQUENCE + (len(request.prompt) + request.max_tokens) * TOKEN + logprobs * LOGPROB
-    return request.answers * each
+    each = SEQUENCE + len(request.prompt) * TOKEN + logprobs * LOGPROB
+    return request.answers * each + (request.answers - 1) * request.max_tokens * TOKEN

@@ -115,7 +115,7 @@ class Running:
         self.thread.join(30)
         assert not self.thread.is_alive()
         self.house.worker.engine.check_integrity()
-        assert self.house.worker.engine.idle and self.house.worker.idle
+        assert self.house.worker.engine.idle and self.house.worker.idle and not self.house.weight.held_bytes
 
 
 async def _alone():
