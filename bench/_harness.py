@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,20 @@ RESULTS = ROOT / "bench" / "results"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; for all that is measured, peers too
 
 
-def measure(module: str, argument: Any, timeout_s: float = 900) -> dict[str, Any]:
-    """Run `python -m module JSON` and parse the last line that it prints; a failure is a result too (`error`)."""
-    command = [sys.executable, "-m", module, json.dumps(argument)]
+def measure(
+    module: str,
+    argument: Any,
+    timeout_s: float = 900,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run `python -m module JSON` and parse the last line that it prints; a failure is a result too (`error`).
+
+    A peer may have a `python` and an `environment` of its own.
+    """
+    command = [python, "-m", module, json.dumps(argument)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"no result within {timeout_s:.0f} s"}
     lines = done.stdout.strip().splitlines()
@@ -53,18 +62,26 @@ def add_work(parser: argparse.ArgumentParser) -> None:
 
 
 def once(
-    home: Path, module: str, argument: dict[str, Any], /, timeout_s: float = 900, number: int = 0, **places: Any
+    home: Path,
+    module: str,
+    argument: dict[str, Any],
+    /,
+    timeout_s: float = 900,
+    number: int = 0,
+    how: Mapping[str, Any] | None = None,
+    **places: Any,
 ) -> dict[str, Any]:
     """The measurement that an earlier call has kept in `home`; else `measure` it, and keep it with its commit.
 
     Two measurements are the same if module, argument and number are. `places` are arguments that do not count, such as
-    folders. What failed is not kept. Processes that share a folder do not get in each other's way.
+    folders; `how` is what else `measure` is told, a peer's Python. What failed is not kept. Processes that share a
+    folder do not get in each other's way.
     """
     key = {"module": module, "argument": argument, "number": number}
     kept = home / "runs" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
     if kept.exists():
         return json.loads(kept.read_text())["result"]
-    result = {"commit": commit()} | measure(module, argument | places, timeout_s)
+    result = {"commit": commit()} | measure(module, argument | places, timeout_s, **(how or {}))
     if "error" not in result:
         kept.parent.mkdir(parents=True, exist_ok=True)
         draft = kept.with_suffix(f".{os.getpid()}")
