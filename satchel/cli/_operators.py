@@ -9,6 +9,7 @@ from satchel.cli.console import table
 
 LOST = {  # what torch does in their place
     "linear": "weights in a GGUF's own blocks are unpacked at every use; `auto` holds them in 16 bits instead",
+    "stack": "a run of layers is a call for each operator",
     "paged": "the pages of each sequence are gathered before it attends",
     "pointwise": "norms and rotary positions take several passes each",
     "draw": "a drawn token takes sorts and logarithms of the whole vocabulary",
@@ -45,9 +46,13 @@ def instructions() -> Table:
 
 
 def _builds() -> dict[str, Callable[[], object]]:
-    from satchel.native import adam, draw, linear, low_rank, paged, pointwise
+    from satchel.native import adam, draw, levels, linear, low_rank, paged, pointwise
     from satchel.native.build import build
+
+    def stack() -> object:
+        products = linear.kernel()
+        return products and build("stack", levels.flags(products.level))
 
     libraries = {"paged": paged.library, "pointwise": pointwise.library, "draw": draw.library}
     libraries |= {"low_rank": low_rank.library, "adam": adam.kernel}
-    return {"linear": linear.kernel} | libraries | {"page_pool": lambda: build("page_pool")}
+    return {"linear": linear.kernel, "stack": stack} | libraries | {"page_pool": lambda: build("page_pool")}
