@@ -27,7 +27,7 @@ check: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/peers
-	for name in plan tune budget optimizer activations continual checkpoint killed zeroth serve storm adapters speculate prefill; do $(BIN)/satchel bench $$name || exit 1; done
+	for name in plan tune budget optimizer activations continual checkpoint killed zeroth serve decode storm adapters speculate prefill; do $(BIN)/satchel bench $$name || exit 1; done
 
 docs: $(VENV)/base
 	$(BIN)/python docs/generate.py

@@ -35,8 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from satchel.native.levels import LEVELS
-from satchel.native.linear import kernel
 
 import satchel
 from bench._decode_limits import Limits, Shape
@@ -44,6 +42,8 @@ from bench._decode_play import QUICK, USUAL
 from bench._decode_shapes import Llama
 from bench._harness import add_work, interleave, median, once, told, workplace, write
 from satchel.model.source import demo_path, find_source
+from satchel.native.levels import LEVELS
+from satchel.native.linear import kernel
 
 PATIENCE_S = 900
 DEMO, TOY, LIMITS = "SmolLM2-135M", "toy", "limits"
