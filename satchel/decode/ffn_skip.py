@@ -6,8 +6,9 @@
 The similarity rises through the middle of a model and falls at both ends, so the layers before and after that region
 always run; so do prompts, and the first tokens of an answer. Attention runs everywhere, so that the cache has every
 token in every layer. What is not set is calibrated when the engine starts, on text that the model reads: the region is
-the longest run of layers whose mean similarity does not fall, the threshold that at which a token leaves out the share
-`target` of all feed-forwards. A model without such a region leaves out nothing, and `stats()["skipped"]` says so.
+the longest run of layers whose mean similarity does not fall, the threshold the lowest at which a token leaves out the
+share `target` of all feed-forwards, or less where the text's loss would rise by more than `harm`. Small models may have
+no such region, or none that is worth it: they leave out little or nothing, and `stats()["skipped"]` says how much.
 
 Saves reading the weights of what is left out, where few answers run at once; spends a cosine a layer, and quality. What
 is left out depends on a token's place in its answer alone, not on the company; but a prompt that repeats an answer may
@@ -31,7 +32,7 @@ from torch import Tensor
 from satchel.core.card import Card
 from satchel.core.errors import UserError
 from satchel.core.serve_seams import Feed, Skip, Skipper
-from satchel.model.forward import padded
+from satchel.model.forward import HEAD_ROWS, padded
 
 if TYPE_CHECKING:
     from satchel.model.decoder import Decoder
@@ -51,6 +52,11 @@ class Skipping(Skipper):
 
     def __init__(self, layers: int, region: range, threshold: float, follow: int, warm: int) -> None:
         self.layers, self.region, self.threshold, self.follow, self.warm = layers, region, threshold, follow, warm
+
+    @property
+    def share(self) -> float:
+        """Of all feed-forwards of the tokens that may leave some out, those that were."""
+        return self.skipped / max(self.eligible, 1)
 
     def over(self, said_N: Tensor) -> Feed:
         may_N = said_N >= self.warm
@@ -110,6 +116,7 @@ class FFNSkip(Skip):
     )
 
     target: float = 0.25  # share of all feed-forwards that a token leaves out, [0, 0.9]
+    harm: float = 0.1  # nats by which the loss of the text that it is calibrated on may rise, (0, inf)
     follow: int = 2  # feed-forwards that are left out after one that changed little, 1 or more
     warm: int = 25  # first tokens of an answer that leave out nothing, 0 or more
     first: int | None = None  # first layer that may be left out; None: calibrated
@@ -119,11 +126,12 @@ class FFNSkip(Skip):
 
     def __post_init__(self) -> None:
         self.require(0 <= self.target <= 0.9, f"target={self.target} is outside [0, 0.9]; 0.25 is the authors'")
+        self.require(0 < self.harm < math.inf, f"harm={self.harm} is outside (0, inf); 0.1 is a tenth more perplexity")
         self.require(self.follow >= 1, f"follow={self.follow} is below 1; 2 is usual")
         self.require(self.warm >= 0, f"warm={self.warm} is below 0; 25 is usual")
 
     def start(self, model: Decoder, tokenizer: Tokenizer | None = None) -> Skipping:
-        """Calibrated, if target is not 0: it reads about 500 tokens ten times."""
+        """Calibrated, if target is not 0: it reads 500 tokens ten times."""
         layers = model.config.layers
         first, last = self.first or 0, layers if self.last is None else self.last
         self.require(0 <= first <= last <= layers, f"first={first}, last={last}: the model has {layers} layers")
@@ -151,14 +159,16 @@ class FFNSkip(Skip):
         return Skipping(model.config.layers, region, threshold, self.follow, self.warm)
 
     def _threshold(self, model: Decoder, texts: Sequence[Sequence[int]], region: range, alike_LN: Tensor) -> float:
-        """At which the texts' tokens leave out `target`, or as much as there is to leave out."""
+        """The lowest at which the texts' tokens leave out no more than `target` and get no likelier to be wrong than
+        `harm` allows."""
         known = alike_LN[region.start : region.stop].flatten().sort().values.tolist()
-        low, high = 0, len(known)
+        most, low, high = loss(model, texts) + self.harm, -1, len(known)
         for _ in range(HALVINGS):
-            middle = (low + high) // 2
+            middle = max((low + high) // 2, 0)
             trial = Skipping(model.config.layers, region, known[middle], self.follow, 0)
-            low, high = (middle, high) if left_out(model, texts, trial) >= self.target else (low, middle)
-        return known[low]
+            mild = loss(model, texts, trial) <= most and trial.share <= self.target
+            low, high = (low, middle) if mild else (middle, high)
+        return known[high] if high < len(known) else math.inf
 
     def _texts(self) -> list[str]:
         """Pieces of text that are long enough."""
@@ -188,15 +198,19 @@ def similarity(model: Decoder, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.inference_mode()
-def left_out(model: Decoder, texts: Sequence[Sequence[int]], trial: Skipping) -> float:
-    """The share of all feed-forwards that the texts' tokens leave out."""
+def loss(model: Decoder, texts: Sequence[Sequence[int]], trial: Skipping | None = None) -> float:
+    """The mean loss of the texts' tokens, nats, if all of them may leave out what the trial says."""
+    total = 0.0
     for text in texts:
-        _read(model, text, trial.over(torch.arange(len(text[:LENGTH]))))
-    return trial.skipped / max(trial.eligible, 1)
+        read_T = torch.tensor(text[:LENGTH], device=model.device)
+        x_TD = _read(model, text, trial.over(torch.arange(len(read_T))) if trial else _all)
+        for x_RD, next_R in zip(x_TD[:-1].split(HEAD_ROWS), read_T[1:].split(HEAD_ROWS), strict=True):
+            total += float(F.cross_entropy(model.logits(x_RD[None])[0].float(), next_R, reduction="sum"))
+    return total / sum(len(text[:LENGTH]) - 1 for text in texts)
 
 
-def _read(model: Decoder, text: Sequence[int], feed: Feed) -> None:
-    model.hidden(torch.tensor([text[:LENGTH]], device=model.device), feed=feed)
+def _read(model: Decoder, text: Sequence[int], feed: Feed) -> Tensor:
+    return model.hidden(torch.tensor([text[:LENGTH]], device=model.device), feed=feed)[0]
 
 
 def steady(mean_L: Sequence[float]) -> range:
