@@ -23,7 +23,7 @@ from satchel.model.source import find_source
 RANKS = (4, 8, 16, 32, 64)
 TARGETS = "q_proj+v_proj"
 ADAPTERS, USED, REQUESTS, MERGED = 1000, 32, 96, 24
-MEMORY = "1100MiB"  # whose pool the 32 adapters and their answers fill
+MEMORY = "1536MiB"
 DTYPES = ("bf16", "fp32")
 MIB = 1 << 20
 

@@ -44,7 +44,7 @@ def row(way: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of one way; `moved again` is the share of blocks pushed out that were on the shelf already."""
     if not runs:
         return {"way": way, "s": "failed"}
-    middle = {name: median(run[name] for run in runs) for name in runs[0] if name not in ("way", "said")}
+    middle = {name: median(run[name] for run in runs) for name in runs[0] if name != "way"}
     moved = middle["moved_out"] + middle["moved_in"]
     return {
         "way": way,

@@ -197,7 +197,8 @@ class Shelf(ABC):
     copies: int = 0  # in which they moved
 
     def foresee(self, blocks: Sequence[tuple[bytes, int]]) -> None:  # noqa: B027
-        """Blocks of the pool, each (digest, block), that will be overwritten next: the time to begin to copy them."""
+        """Blocks of the pool, each (digest, block), that will be overwritten next, the last of them first: the time to
+        begin to copy them."""
 
     @abstractmethod
     def keep(self, digest: bytes, block: int) -> None:

@@ -16,6 +16,7 @@ from satchel.core.errors import ModelError, UnknownName
 # N tokens, I inputs, O outputs
 
 OUTER = frozenset({"lm_head", "embed_out", "output_projection", "score", "classifier", "project_in", "project_out"})
+OUTER |= {"embed_tokens", "wte", "embed_in"}
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -88,11 +89,16 @@ def linears(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Modul
     found = dict(_walk(model, "", set()))
     if not targets:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        return {path: m for path, m in found.items() if m is not head and _last(path) not in OUTER | ROUTERS}
+        return {path: m for path, m in found.items() if m is not head and not _outer(path)}
     for target in targets:
         if not any(_matches(path, target) for path in found):
             raise UnknownName("linear map", target, {_last(path) for path in found}, where="targets")
     return {path: m for path, m in found.items() if any(_matches(path, target) for target in targets)}
+
+
+def _outer(path: str) -> bool:
+    """Whether a map is a router, or stands before or behind the blocks; embeddings may have one within."""
+    return _last(path) in ROUTERS or not OUTER.isdisjoint(path.split("."))
 
 
 def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

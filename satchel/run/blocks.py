@@ -17,6 +17,7 @@ from satchel.core.errors import SatchelError
 from satchel.core.serve_seams import Arrival, Shelf
 
 Digest = bytes
+AHEAD = 4  # times what the next step may overwrite, that a shelf hears of
 
 
 def digests(tokens: Sequence[int], size: int, root: Digest, known: Sequence[Digest] = ()) -> list[Digest]:
@@ -175,9 +176,9 @@ class Blocks:
         return blocks, self.shelf.fetch(list(zip(wanted, blocks, strict=True)))
 
     def foresee(self, count: int) -> None:
-        """Tell the shelf which published blocks the next `count` that are taken would overwrite, in the order of their
-        tokens: the last blocks of a sequence are the first to go."""
-        if self.shelf is not None and (short := count - len(self.empty)) > 0:
+        """Tell the shelf which published blocks the next `count` that are taken would overwrite, and some more, in the
+        order of their tokens: the last blocks of a sequence are the first to go."""
+        if self.shelf is not None and (short := AHEAD * count - len(self.empty)) > 0:
             next_ones = [(digest, b) for b in islice(self.idle, short) if (digest := self.digest[b]) is not None]
             self.shelf.foresee(next_ones[::-1])
 

@@ -68,7 +68,8 @@ class _Slots(Shelf):
     def foresee(self, blocks: Sequence[tuple[bytes, int]]) -> None:
         for block in [block for block, (_, ticket) in self.leaving.items() if ticket.done()]:
             self.settle(block)
-        self._send([(digest, block) for digest, block in blocks if digest not in self.slots])
+        if any(digest not in self.slots for digest, _ in blocks[-max(1, len(blocks) // 2) :]):  # many at a time
+            self._send([(digest, block) for digest, block in blocks if digest not in self.slots])
 
     def keep(self, digest: bytes, block: int) -> None:
         if digest in self.slots:

@@ -11,6 +11,7 @@ from satchel.core.book import make
 from satchel.core.errors import ModelError, UnknownName, UserError
 from satchel.core.request import Request, Sampling
 from satchel.model.adapters import attach
+from satchel.model.bank import Bank, Banked
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.run.engine import Engine
@@ -208,3 +209,14 @@ def test_thirty_two_in_one_batch_give_what_peft_gives_each_alone(tmp_path):
             expected_TV = theirs(torch.tensor([PROMPT[i:]])).logits[0].log_softmax(-1)
         for at, logprob in enumerate(said[id].prompt_logprobs[1:]):
             assert logprob.logprob == pytest.approx(float(expected_TV[at, PROMPT[i + at + 1]]), abs=1e-4)
+
+
+def test_adapters_stand_beside_weights_in_the_blocks_of_a_file():
+    """Embeddings in blocks hold a linear map, which is none to adapt."""
+    decoder = toy_decoder()
+    wrapped = torch.nn.Module()
+    wrapped.base = torch.nn.Linear(32, 132)
+    decoder.model.embed_tokens = wrapped
+    Bank(decoder, torch.zeros(4, 8))
+    assert isinstance(wrapped.base, torch.nn.Linear)
+    assert sum(isinstance(module, Banked) for module in decoder.modules()) == 14

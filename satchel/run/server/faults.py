@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from satchel.core.errors import UserError
+from satchel.core.errors import UnknownName, UserError
 
 UNION_TAGS = ("str", "list[", "function-", "constrained-", "literal[", "int", "float", "bool", "none")
 SHOWN = 5  # problems of one body that are told
@@ -58,6 +58,8 @@ def broken(why: str) -> Fault:
 
 def refused(error: UserError, param: str | None = None) -> Fault:
     """What the engine or the tokenizer will not take."""
+    if isinstance(error, UnknownName) and error.kind == "adapter":  # somebody took it away after it was looked up
+        return Fault(404, str(error), param=param or "model", code="model_not_found")
     code = "context_length_exceeded" if "this engine takes" in str(error) else None
     return Fault(400, str(error), param=param, code=code)
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from satchel.core.errors import UserError, nearest
+from satchel.core.errors import UnknownName, UserError, nearest
 from satchel.core.request import Logprob, Request
 from satchel.core.serve import Terms
 from satchel.model.paged import PAGE
 from satchel.model.tokenizer import Tokenizer
 from satchel.run.memory import resident_bytes
 from satchel.run.scheduler import Limits
-from satchel.run.server.faults import Fault, overloaded, unavailable
+from satchel.run.server.faults import Fault, overloaded, refused, unavailable
 from satchel.run.server.grammar import Grammar
 from satchel.run.server.metrics import Metrics
 from satchel.run.server.weight import Weight
@@ -75,9 +75,10 @@ class House:
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter; answers under way keep it. Raises Fault for one that is not there."""
-        if not name or self.adapter(name) != name:
-            raise Fault(404, f"no adapter '{name}'", param="lora_name", code="model_not_found")
-        await self.worker.ask(lambda: self.worker.engine.unregister(name))
+        try:
+            await self.worker.ask(lambda: self.worker.engine.unregister(name))
+        except UnknownName as error:  # it was never there, or somebody was faster
+            raise refused(error, "lora_name") from None
 
     def admit(self, requests: int) -> None:
         """Raises Fault when no more requests can be taken now."""

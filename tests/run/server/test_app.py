@@ -331,6 +331,17 @@ def test_adapters_come_and_go_while_serving(tmp_path):
     assert refused == 403
 
 
+def test_an_adapter_that_is_taken_away_while_a_request_for_it_comes_is_a_model_that_is_not_there(monkeypatch):
+    async def run():
+        house = toy_house()
+        monkeypatch.setattr(house, "adapter", lambda model: model)  # as it was a moment ago
+        async with client_of(house) as client:
+            return await one(client, *complete(model="gone"))
+
+    status, body = asyncio.run(run())
+    assert status == 404 and body["error"]["code"] == "model_not_found" and body["error"]["param"] == "model"
+
+
 def test_the_routes_are_described_without_anything_from_elsewhere():
     ((status, page), (_, openapi)) = ask(("GET", "/docs"), ("GET", "/openapi.json"))
     assert status == 200 and "http://" not in page and "https://" not in page and "<script" not in page

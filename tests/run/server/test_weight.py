@@ -15,13 +15,7 @@ ONE = Request(prompt=(1, 2, 3), max_tokens=10)
 
 
 def test_more_of_anything_weighs_more():
-    heavier = [
-        {"n": 2},
-        {"best_of": 3},
-        {"logprobs": 0},
-        {"prompt": (1,) * 9},
-        {"prompt_logprobs": True, "logprobs": 0},
-    ]
+    heavier = [{"n": 2}, {"best_of": 3}, {"logprobs": 0}, {"prompt": (1,) * 9}]
     assert all(weight(Request(**({"prompt": (1, 2, 3), "max_tokens": 10} | more))) > weight(ONE) for more in heavier)
     assert weight(Request(prompt=(1,), max_tokens=90, n=2)) > weight(Request(prompt=(1,), max_tokens=9, n=2))
     assert weight(Request(prompt=(1,), max_tokens=9, logprobs=20)) > 10 * weight(Request(prompt=(1,), max_tokens=9)) / 3
