@@ -143,7 +143,7 @@ def logits(case: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case["dtype"]]
-    model = load(find_source(case["model"]), dtype)
+    model = load(find_source(case["folder"]), dtype)
     asked = requests(case)[: len(case["used"])]
     together = _logprobs(model, case["home"], asked)
     picked = random.Random(0).sample(range(len(asked)), 8)
