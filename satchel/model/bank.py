@@ -93,6 +93,11 @@ class Bank:
         finally:
             self._table = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no row has an adapter now."""
+        return self._table is None
+
     def add(self, number: int, x_NI: Tensor, y_NO: Tensor) -> None:
         """Add what the runs' adapters say of map `number` to its output, in place."""
         if self._table is not None:
@@ -120,6 +125,11 @@ class Banked(nn.Module):
         y = self.base(x)
         self._bank[0].add(self.number, x.flatten(0, -2), y.flatten(0, -2))
         return y
+
+    @property
+    def idle(self) -> bool:
+        """Whether the bank adds nothing now."""
+        return self._bank[0].idle
 
     def dense(self) -> Tensor:
         """The base's matrix, without adapters."""

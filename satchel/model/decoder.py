@@ -8,7 +8,7 @@ numbers or copies to the host, so that a decoder of any size builds and runs on 
 
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from satchel.model.config import ModelConfig
 from satchel.model.empty import At, Embedding, Linear
 from satchel.model.linear import dtype_of
 from satchel.model.norm import make_norm
+from satchel.model.paged import Row
 from satchel.model.rope import rope_tables
+from satchel.model.stack import Stack, stack_of
 
 if TYPE_CHECKING:
     from satchel.core.seams import Activations, Run
@@ -56,6 +58,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activations: Activations | None = None
         self.runs: list[Run] = []  # the blocks as the policy runs them
+        self._blocks: Stack | Literal[False] | None = None  # the blocks as one operator; None: not tried yet
         at: At = {"dtype": dtype, "device": device}
         self.model = Trunk(config, **at)
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
@@ -146,11 +149,21 @@ class Decoder(nn.Module):
         if rows and longest + self.config.position_offset > rows:
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
+        if feed is None and (stack := self._stack(x_BTD, cache)):
+            return self._finish(stack(x_BTD, cache, self._tables(position_T, longest, torch.float32)))
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache, feed)
         runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
         for run in runs or self.layers:
             x_BTD = run(x_BTD, place)
         return self._finish(x_BTD)
+
+    def _stack(self, x_BTD: Tensor, cache: Past | None) -> Stack | None:
+        """The blocks as one operator, where they can run as one now."""
+        if torch.is_grad_enabled() or not isinstance(cache, Row) or not cache.suits(x_BTD):
+            return None
+        if self._blocks is None or (self._blocks and not self._blocks.untouched()):
+            self._blocks = stack_of(self) or False
+        return self._blocks if self._blocks and self._blocks.idle() else None
 
     @staticmethod
     def _positions(tokens_BT: Tensor, lengths: tuple[int, ...] | None) -> tuple[Tensor, int]:

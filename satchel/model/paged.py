@@ -111,6 +111,11 @@ class Row:
         self.position_N = torch.cat([*spans, torch.zeros(self.filler, dtype=torch.int64)]).to(device)
         self.layers = [LayerPages(self, index) for index in range(pages.data.shape[1])]
 
+    def suits(self, x_BTD: Tensor) -> bool:
+        """Whether compiled kernels know these pages and numbers."""
+        data = self.pages.data
+        return data.device.type == "cpu" and x_BTD.dtype == data.dtype in (torch.float32, torch.bfloat16)
+
     def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
         """The tokens' positions, and the longest sequence that there may be: one for all, so that no frequency depends
         on the company."""

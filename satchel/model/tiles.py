@@ -96,22 +96,26 @@ class TiledLinear(Packed):
 
 
 class TiledEmbedding(nn.Module):
-    """Rows of a tiled map as embeddings; a tied head is the map itself."""
+    """Rows of a tiled map as embeddings; a tied head is the map itself, over the same memory."""
+
+    tiles: Tensor
 
     def __init__(self, base: TiledLinear) -> None:
         super().__init__()
-        self.base = base
+        self.dtype = base.dtype
+        self._base = (base,)  # no submodule: nothing goes around it as around a linear map
+        self.register_buffer("tiles", base.tiles)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the embeddings."""
-        return self.base.dtype
+    def base(self) -> TiledLinear:
+        """The map whose rows these are."""
+        return self._base[0]
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """Embeddings [B, T, D] in the map's dtype."""
         base = self.base
         rows_ND = torch.ops.satchel.tiled_rows(
-            token_BT.flatten(), base.tiles, base.kind, base.in_features, base.dtype, base.level
+            token_BT.flatten(), self.tiles, base.kind, base.in_features, base.dtype, base.level
         )
         return rows_ND.unflatten(0, token_BT.shape)
 

@@ -339,7 +339,7 @@ void few_rows(const uint8_t* tile, const Input& x, int row, Vector* out) {
 }
 
 // The products of `count` <= kTogether rows of inputs, from `row` on, with the 16 outputs of a group.
-inline void few(const Matrix& m, int group, const Input& x, int row, int count, Vector* out) {
+[[gnu::noinline]] inline void few(const Matrix& m, int group, const Input& x, int row, int count, Vector* out) {
   by_format(m.kind, [&](auto format) {
     using Format = decltype(format);
     const uint8_t* tile = group_of<Format>(m, group);
@@ -377,7 +377,7 @@ inline Ints pairs(Vector a, Vector b) {
 }
 
 // A group as AMX multiplies by it: [inputs / 32][16 pairs][16 outputs][2] of bfloat16, made in `room` where it is not.
-inline const uint16_t* panel(const Matrix& m, int group, uint16_t* room) {
+[[gnu::noinline]] inline const uint16_t* panel(const Matrix& m, int group, uint16_t* room) {
   if (m.kind == kBF16) return reinterpret_cast<const uint16_t*>(group_of<BF16>(m, group));
   numbers_of(m, group, [&](int input, Vector a, Vector b) {
     const Ints both = pairs(a, b);
@@ -398,7 +398,7 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
 }
 
 // Row `row` of the inputs as codes: round(x / scale) with scale = max |x| / 127 of each 32.
-inline void encode(const float* from, const Input& x, int row) {
+[[gnu::noinline]] inline void encode(const float* from, const Input& x, int row) {
   int8_t* codes = x.codes + int64_t{row} * x.inputs;
   for (int b = 0; b < x.blocks(); ++b) {
     const auto* in = reinterpret_cast<const Vector*>(from + b * kBlock);

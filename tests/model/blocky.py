@@ -38,6 +38,7 @@ def blocky(folder: Path, kinds: tuple[str, ...], seed: int = 0, **changes: objec
         for name, parameter in Decoder(config, device="meta").named_parameters():
             kind = kinds[len(tensors) % len(kinds)] if parameter.dim() == 2 else "F32"
             if parameter.dim() == 2:
+                kind = "Q4_0" if parameter.shape[1] % ENCODINGS[kind].values else kind
                 raw = raw_blocks(kind, *parameter.shape, rng)
             else:
                 raw = torch.rand(parameter.shape, generator=rng).add(0.5).view(torch.uint8)

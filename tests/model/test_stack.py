@@ -1,0 +1,160 @@
+"""All blocks as one operator give what the blocks give one by one."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from satchel.compress.stored import Stored
+from satchel.core.request import Request, Sampling
+from satchel.model.bank import Bank, LowRank, Span
+from satchel.model.decoder import Decoder
+from satchel.model.linear import swap
+from satchel.model.load import load
+from satchel.model.paged import Pool, Row, Stretch
+from satchel.native import levels
+from satchel.native import stack as native
+from satchel.native.build import compiler
+from satchel.run.engine import Engine
+from satchel.run.scheduler import Limits
+from tests.model.blocky import blocky
+from tests.tolerances import EIGHT_BITS
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+
+KINDS = ("Q4_1", "Q8_0", "Q4_0", "Q4_K")
+FAMILIES = {
+    "llama": {},
+    "biased": {"model_type": "qwen2"},
+    "head norms": {"model_type": "qwen3", "head_dim": 32},
+    "window": {"model_type": "mistral", "sliding_window": 21},
+    "one head": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return {name: blocky(tmp_path_factory.mktemp("m"), KINDS, **changes) for name, changes in FAMILIES.items()}
+
+
+def loaded(source, dtype=torch.float32, level="auto") -> Decoder:
+    return load(source, dtype, format=Stored(level=level), frozen=True)
+
+
+@torch.inference_mode()
+def steps(model: Decoder, lengths: tuple[tuple[int, ...], ...], filler: int = 0) -> list[torch.Tensor]:
+    """The states of some steps of several sequences, each of which gets `lengths[step][sequence]` tokens."""
+    most = -(-sum(max(step) for step in lengths) // 16)
+    pool = Pool(model.config, most * len(lengths[0]), model.dtype, "cpu", 512)
+    pool.data.fill_(torch.nan)
+    rng, past, out = torch.Generator().manual_seed(0), [0] * len(lengths[0]), []
+    for step in lengths:
+        tables = [list(range(s, most * len(step), len(step))) for s in range(len(step))]
+        stretches = [Stretch(t, p, n) for t, p, n in zip(tables, past, step, strict=True) if n]
+        row = Row(pool.pages, stretches, sum(step) + filler)
+        tokens = torch.randint(0, 203, (1, sum(step) + filler), generator=rng)
+        out.append(model.hidden(tokens, cache=row)[0, : sum(step)])
+        past = [p + n for p, n in zip(past, step, strict=True)]
+    return out
+
+
+def one_by_one(model: Decoder, *how) -> list[torch.Tensor]:
+    model._blocks = False
+    try:
+        return steps(model, *how)
+    finally:
+        model._blocks = None
+
+
+def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> bool:
+    return all(
+        (a.float() - b.float()).norm() <= tolerance * b.float().norm() for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_those_of_the_blocks(sources, family, dtype):
+    model = loaded(sources[family], dtype)
+    lengths = ((40, 3, 0), (1, 1, 1), (2, 20, 1), (1, 0, 60))
+    ours = steps(model, lengths)
+    assert model._blocks
+    assert close(ours, one_by_one(model, lengths), EIGHT_BITS)
+
+
+@pytest.mark.slow  # compiles the operator for each
+@pytest.mark.parametrize("level", levels.supported())
+def test_every_level_gives_the_same(sources, level):
+    assert native.kernel(level) is not None
+    lengths = ((35, 2), (1, 1), (4, 5))
+    dense = load(sources["llama"], torch.float32)
+    assert close(steps(loaded(sources["llama"], level=level), lengths), steps(dense, lengths), 2 * EIGHT_BITS)
+
+
+@given(
+    lengths=st.lists(st.tuples(*[st.integers(0, 37)] * 3).filter(any), min_size=1, max_size=4).map(tuple),
+    filler=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_mixture_of_prompts_and_answers(sources, lengths, filler):
+    model = loaded(sources["llama"])
+    assert close(steps(model, lengths, filler), one_by_one(model, lengths, filler), EIGHT_BITS)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_number_of_threads_changes_nothing(sources, rows):
+    model, threads = loaded(sources["llama"]), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(steps(model, ((rows, 1), (1, 1))))
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_whatever_stands_between_is_run(sources):
+    model, lengths = loaded(sources["llama"]), ((5,), (1,))
+    whole = steps(model, lengths)
+    changed = model.layers[1].mlp
+    swap(model, "model.layers.1.mlp", torch.nn.Identity())
+    assert not close(steps(model, lengths), whole, 10 * EIGHT_BITS) and not model._blocks
+    swap(model, "model.layers.1.mlp", changed)
+    model._blocks = None
+    seen = []
+    hook = model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert close(steps(model, lengths), whole, EIGHT_BITS) and len(seen) == 2
+    hook.remove()
+
+
+def test_rows_with_an_adapter_run_block_by_block_and_others_as_one(sources):
+    model = loaded(sources["llama"])
+    data, lengths = torch.zeros(1 << 14), ((5,), (1,))
+    plain, bank = steps(model, lengths), Bank(model, data)
+    again = steps(model, lengths)
+    assert model._blocks and all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+    path = "model.layers.0.self_attn.q_proj"
+    low = LowRank(torch.randn(4, 256), torch.randn(256, 4), 1.0)
+    with bank.using([Span(0, 1, bank.store({path: low}, 0))]):
+        assert not close(steps(model, lengths), plain, EIGHT_BITS)
+    assert all(torch.equal(a, b) for a, b in zip(steps(model, lengths), plain, strict=True))
+
+
+def test_a_copy_has_an_operator_of_its_own(sources):
+    model = loaded(sources["llama"])
+    whole = steps(model, ((4,),))
+    other = copy.deepcopy(model)
+    other.layers[0].mlp.down_proj.tiles.zero_()
+    assert not torch.equal(steps(other, ((4,),))[0], whole[0]) and torch.equal(steps(model, ((4,),))[0], whole[0])
+
+
+def test_a_state_that_is_no_number_is_told(sources):
+    model = loaded(sources["llama"])
+    with torch.no_grad():
+        model.layers[1].input_layernorm.weight[7] = torch.nan
+    engine = Engine(model, Limits(blocks=8, batch=2, step_tokens=64, context=64))
+    engine.submit(Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0)))
+    assert "no numbers" in engine.run()[-1].error
