@@ -1,5 +1,6 @@
 """A small model guesses, and nothing but the time changes."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from satchel.model.tokenizer import Tokenizer
 from satchel.run.capacity import capacity, rehearse_engine
 from tests.decode.common import DRAWN, GREEDY, REPEATED, answers, engine, some_requests
 from tests.decode.drafts import draft, large
+from tests.run.test_adapters import write_adapter
 from tests.run.test_engine_stress import serve_at_random
 from tests.tolerances import DEVIATIONS
 
@@ -99,6 +101,22 @@ def said_by(served, prompt, how, seed):
 
 def test_random_requests_end_once_and_leave_nothing(tmp_path):
     serve_at_random("priority", "fastswitch:size=1MiB", f"draft:model={draft(tmp_path / 'm')}", 60)
+
+
+def test_answers_of_adapters_are_guessed_by_the_bare_draft(near, tmp_path):
+    """Blocks of keys and values move out of an adapter's way, the draft's with them."""
+    folder = write_adapter(tmp_path / "a", 8, 1, make_model=large)
+    requests = [replace(request, adapter="a" * (i % 2)) for i, request in enumerate(some_requests(DRAWN))]
+    found = []
+    for decoding in ("plain", f"draft:model={near}"):
+        served = engine(large(), decoding, blocks=24)
+        served.register("a", folder)
+        ids = [served.submit(request) for request in requests]
+        events = served.run()
+        served.check_integrity()
+        found.append([[t for e in events if e.id == id for t in e.tokens] for id in ids])
+    assert found[0] == found[1]
+    assert served.stats()["right"] > 0 and served.stats()["adapter_loads"] > 0
 
 
 def test_a_draft_that_knows_fewer_tokens_guesses_those(model, tmp_path):

@@ -1,11 +1,12 @@
 """A real engine in a process of its own, whose torch allocates from the page pool; prints what it held.
 
-python -m tests.run.served FORMAT ...
+python -m tests.run.served FORMAT ...      `draft` is no format but a second model that guesses ahead
 """
 
 import gc
 import json
 import sys
+import tempfile
 
 import torch
 
@@ -15,7 +16,8 @@ from satchel.core.serve import ServeJob
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.linear import dense_OI, linears, swap
-from satchel.run.capacity import rehearse_engine
+from satchel.model.save import save
+from satchel.run.capacity import rehearse_all, second_models
 from satchel.run.engine import Engine
 from satchel.run.memory import install_pool
 from satchel.run.scheduler import Limits
@@ -35,14 +37,21 @@ def stored(config: ModelConfig, storage: str) -> Decoder:
     return model
 
 
-def peaks(storage: str) -> tuple[int, int]:
+def small_model(home: str) -> str:
+    """A folder with a model of two layers."""
+    model = stored(ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 2}), "none")
+    return str(save(model, f"{home}/small"))
+
+
+def peaks(storage: str, decoding: str = "plain") -> tuple[int, int]:
     """Predicted bytes of weights and workspace, then measured ones, the pool left out."""
     gc.collect()
     pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
     idle = pages.live_bytes  # of the runs before: nothing but what is kept for good
-    job = ServeJob(model="toy", format=storage, step_tokens=256)
-    predicted = sum(rehearse_engine(job, config, "cpu").values())
-    engine = Engine(stored(config, storage), Limits(blocks=100, batch=32, step_tokens=256, context=1024))
+    job = ServeJob(model="toy", format=storage, step_tokens=256, decoding=decoding)
+    predicted = sum(rehearse_all(job, [config, *second_models(job)], "cpu").values())
+    limits = Limits(blocks=100, batch=32, step_tokens=256, context=1024)
+    engine = Engine(stored(config, storage), limits, decoding=decoding)
     pages.reset_peak()
     for length, temperature in ((700, 0.0), (256, 1.0), *((9, 0.7),) * 20):
         engine.submit(Request(prompt=(5,) * length, max_tokens=4, sampling=Sampling(temperature=temperature)))
@@ -53,4 +62,6 @@ def peaks(storage: str) -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({storage: peaks(storage) for storage in sys.argv[1:]}))
+    with tempfile.TemporaryDirectory() as home:
+        drafted = ("none", f"draft:model={small_model(home)}")
+        print(json.dumps({name: peaks(*(drafted if name == "draft" else (name,))) for name in sys.argv[1:]}))
