@@ -38,7 +38,7 @@ import torch
 
 import satchel
 from bench._decode_limits import Limits, Shape
-from bench._decode_play import QUICK, USUAL
+from bench._decode_play import QUICK, SHARED_PROMPT, SHORT, USUAL
 from bench._decode_shapes import Llama
 from bench._harness import add_work, interleave, median, once, told, workplace, write
 from satchel.model.source import demo_path, find_source
@@ -110,11 +110,6 @@ class Bench:
     asked: argparse.Namespace
     found: dict[Case, list[dict[str, Any]]] = field(default_factory=dict)
 
-    @property
-    def plan(self) -> dict[str, Any]:
-        """Lengths and counts."""
-        return QUICK if self.asked.quick else USUAL
-
     def file(self, model: str) -> Path:
         """The model's GGUF, written if it is one of ours."""
         if model == DEMO:
@@ -135,7 +130,7 @@ class Bench:
         if case.model != LIMITS:
             places["file"] = str(self.file(case.model))
             vocabulary = min(find_source(places["file"]).config.vocab, VOCABULARY)
-            argument |= {"model": case.model, "plan": self.plan, "vocabulary": vocabulary}
+            argument |= {"model": case.model, "plan": plan(case.model), "vocabulary": vocabulary}
         if case.side == TRANSFORMERS:
             places["folder"] = str(self.folder(case.model))
         how = {"python": self.python(case.side.home), "environment": None if case.side.ours else as_it_is()}
@@ -155,8 +150,9 @@ class Bench:
 def cases(asked: argparse.Namespace) -> list[Case]:
     """What is measured; peers that are not there are left out."""
     missing, smollm = set(absent(asked)), [OURS, *LLAMA, *OTHERS, *FORCED]
-    plan = {TOY: smollm} if asked.quick else {DEMO: smollm} | {name: [OURS, *LLAMA] for name in SHAPES if name != TOY}
-    every = [Case(model, side) for model, sides in plan.items() for side in sides if side.home not in missing]
+    large = {name: [OURS, *LLAMA] for name in SHAPES if name != TOY}
+    sides_of = {TOY: smollm} if asked.quick else {DEMO: smollm} | large
+    every = [Case(model, side) for model, sides in sides_of.items() for side in sides if side.home not in missing]
     return [Case(LIMITS, Side("the machine", "_decode_limits")), *(case for case in every if asked.only in case.name)]
 
 
@@ -182,6 +178,11 @@ def compiled() -> None:
         kernel(level)
 
 
+def plan(model: str) -> dict[str, Any]:
+    """Lengths and counts."""
+    return {DEMO: USUAL, TOY: QUICK}.get(model, SHORT)
+
+
 def as_it_is() -> dict[str, str]:
     """The environment of a user who has set nothing: threads of OpenMP spin while they wait, which is quicker alone."""
     return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
@@ -196,7 +197,7 @@ def table(bench: Bench, wanted: list[Case]) -> list[dict[str, Any]]:
             if case.model == model and (found := bench.result(case)):
                 best[case.side.engine] = better(best.get(case.side.engine, {}), found)
         shape = Shape.of(find_source(str(bench.file(model))).config, bench.file(model).stat().st_size)
-        lines += [line(model, name, found, shape, limits, bench.plan) for name, found in best.items()]
+        lines += [line(model, name, found, shape, limits, plan(model)) for name, found in best.items()]
         if "satchel" in best and "llama.cpp" in best:
             lines.append(ratios(model, best["satchel"], best["llama.cpp"]))
     return lines
@@ -220,23 +221,23 @@ def rates(name: str) -> bool:
 
 
 def line(
-    model: str, engine: str, found: dict[str, float], shape: Shape, limits: Limits | None, plan: dict[str, Any]
+    model: str, engine: str, found: dict[str, float], shape: Shape, limits: Limits | None, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """One row of the table."""
     row: dict[str, Any] = {"model": model, "engine": engine}
     row |= {"load, s": f"{found['load_s']:.2f}", "first token, ms": f"{1e3 * found['first_s']:.0f}"}
-    for name, (tokens, least) in steps(shape, plan).items():
+    for name, (tokens, least) in steps(shape, asked).items():
         share = f" ({found[name] * limits.seconds(*least) / tokens:.0%})" if limits else ""
         row[f"{name}, tokens/s"] = f"{found[name]:.0f}{share}"
     return row | {"resident, MiB": f"{found['resident_bytes'] / MIB:.0f}"}
 
 
-def steps(shape: Shape, plan: dict[str, Any]) -> dict[str, tuple[int, tuple[float, float]]]:
+def steps(shape: Shape, asked: dict[str, Any]) -> dict[str, tuple[int, tuple[float, float]]]:
     """For each rate the tokens of a step, and the bytes and operations that it takes at least."""
-    count, out = plan["count"] // 2, {}
-    out |= {f"prefill {n}": (n, shape.prefill(n)) for n in plan["prefill"]}
-    out |= {f"decode {n}": (1, shape.decode(n + count)) for n in plan["after"]}
-    return out | {f"together {n}": (n, shape.decode(32 + count, n)) for n in plan["together"]}
+    half, out = asked["count"] // 2, {}
+    out |= {f"prefill {n}": (n, shape.prefill(n)) for n in asked["prefill"]}
+    out |= {f"decode {n}": (1, shape.decode(n + half)) for n in asked["after"]}
+    return out | {f"together {n}": (n, shape.decode(SHARED_PROMPT + half, n)) for n in asked["together"]}
 
 
 def ratios(model: str, ours: dict[str, float], theirs: dict[str, float]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What `satchel doctor` says of the native operators: which compile here, and what their absence costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -45,7 +45,7 @@ def instructions() -> Table:
     return rows
 
 
-def _builds() -> dict[str, Callable[[], object]]:
+def _builds() -> Mapping[str, Callable[[], object]]:
     from satchel.native import adam, draw, levels, linear, low_rank, paged, pointwise
     from satchel.native.build import build
 
