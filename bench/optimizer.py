@@ -1,14 +1,15 @@
 """Every optimizer on the same jobs: `satchel bench optimizer`, or `python -m bench.optimizer --help`.
 
 Two jobs that train all parameters in bf16 on Python's own language reference, 2 rows of 128 tokens a step: tuning
-SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens, four times as long.
+SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens, three times as long.
 Blocks are recomputed, so that weights, gradients and state are what a peak is made of. An optimizer's learning rate is
 found by doubling and halving its usual one for as long as that helps, in short runs with a seed that is not among those
 reported; AdamW's too. Seeds change the order of the rows and the noise of rounding. The loss is held out; its ratio is
 to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed.
 
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
-rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there.
+rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
+a second process may help with --backwards: it begins at the list's end.
 """
 
 from __future__ import annotations
@@ -71,12 +72,13 @@ class Job:
         knobs |= {"owlore": f"owlore:rank={self.rank},period=10", "frugal": "frugal:gap=40"}
         found = [knobs.get(entry.name, entry.name) for entry in book.entries() if entry.slot == "optimizer"]
         lean = [f"{knobs[name]},{LEAN}" for name in ("lisa", "owlore")]
-        return [*found, "lomo:form=ada", WIDER_LISA, *lean, f"{knobs['galore']},{LEAN},layerwise=true"]
+        lean.append(f"galore:rank={self.rank // 2},gap=40,{LEAN},layerwise=true")
+        return [*found, "lomo:form=ada", WIDER_LISA, *lean]
 
 
 JOBS = (
     Job("tuning SmolLM2-135M", 1e-4, rank=144, turn=2),
-    Job("10M from scratch", 2e-3, rank=96, turn=16, length=4),
+    Job("10M from scratch", 2e-3, rank=96, turn=12, length=3),
 )
 
 
@@ -288,12 +290,13 @@ def best_of_its_size(point: tuple[float, float], points: Any) -> bool:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of a run that tunes")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run that tunes")
     parser.add_argument("--seeds", type=int, default=3, help="runs that are reported, 1 to 5")
     parser.add_argument("--sweep", type=int, default=MOST, help="doublings and halvings of a learning rate at most")
     parser.add_argument("--timings", type=int, default=2, help="short runs of each that are timed; 0: none")
     parser.add_argument("--only", default="", help="words; optimizers whose spelling holds one, and AdamW")
     parser.add_argument("--job", default="", help="jobs whose name holds this")
+    parser.add_argument("--backwards", action="store_true", help="from the end of the list, beside another process")
     parser.add_argument("--quick", action="store_true", help="2 steps of tiny models, one seed: a test of the bench")
     add_work(parser)
     return parser.parse_args(given)
@@ -318,13 +321,13 @@ def main(given: list[str] | None = None) -> Path:
 
 def train(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Namespace) -> None:
     """Every run, seed by seed, each optimizer's learning rate before its first; then what is timed."""
-    rates = {}
+    cases = [(job, name) for job in jobs for name in chosen(job, asked)]
+    rates: dict[tuple[Job, str], float] = {}
     for seed in seeds:
-        for job in jobs:
-            for name in chosen(job, asked):
-                if seed == seeds[0]:
-                    rates[job, name] = bench.best_rate(job, name, asked.sweep)
-                bench.run(job, name, rates[job, name], seed)
+        for job, name in reversed(cases) if asked.backwards else cases:
+            if (job, name) not in rates:
+                rates[job, name] = bench.best_rate(job, name, asked.sweep)
+            bench.run(job, name, rates[job, name], seed)
     for number, (job, name) in enumerate(interleave(rates, asked.timings)):
         bench.time(job, name, rates[job, name], number // len(rates))
 
@@ -339,7 +342,7 @@ def report(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Name
     """Write what was found."""
     cases = [(job, name) for job in jobs for name in chosen(job, asked)]
     table = [row(job, name, bench, seeds, rehearsal(bench, job, name)) for job, name in cases]
-    title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 4 times that"
+    title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 3 times that"
     rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs}
     path = write("optimizer", title, table, quiet=True, **rest)
     draw(table, RESULTS / "optimizer.png")
