@@ -317,7 +317,6 @@ INFERENCE = 1.1  # the most that the issue allows of inference's peak
 JOBS = [
     {"optimizer": "mezo", "adapter": "none"},
     {"optimizer": "mezo", "adapter": "lora"},
-    {"optimizer": "mezo_hybrid:last=1", "adapter": "none", "dtype": "fp32"},
     {"optimizer": "forward_gradient", "adapter": "lora", "dtype": "fp32"},
 ]
 

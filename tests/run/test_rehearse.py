@@ -1,9 +1,6 @@
 """A rehearsal against the run that it rehearses: the bytes of torch's allocator, on real tensors."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,8 +8,9 @@ import torch
 
 from satchel.core.job import TuneJob
 from satchel.model.config import ModelConfig
-from satchel.native.build import compiler
 from satchel.run.rehearse import rehearse
+from tests.run.real import needs_pool, real_peaks
+from tests.tolerances import REHEARSED
 
 TOY = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 640, "rms_norm_eps": 1e-5}
@@ -25,39 +23,6 @@ LLAMA_70B |= {
     "tie_word_embeddings": False,
 }
 
-REAL = """
-import dataclasses, json, sys
-import torch
-from satchel.run.memory import install_pool
-pool = install_pool()
-torch.set_num_threads(1)
-from satchel.core.job import TuneJob
-from satchel.core.book import make
-from satchel.model.batch import Batch
-from satchel.model.config import ModelConfig
-from satchel.model.decoder import Decoder
-from satchel.model.linear import linears, swap
-from satchel.run.assemble import assemble
-from satchel.run.assemble import DTYPES
-from satchel.run.step import train_step
-hf, fields, lengths = json.loads(sys.argv[1])
-job = TuneJob(**fields)
-decoder = Decoder(ModelConfig.from_hf(hf), DTYPES[job.dtype])
-decoder.init_weights()
-storage = make("format", job.format)
-for path, linear in linears(decoder).items() if storage else ():
-    swap(decoder, path, storage.pack(linear.weight.detach()))
-del linear if storage else path
-pool.reset_peak()
-assembly = assemble(job, decoder)
-rows = job.micro_batch or job.batch
-row = torch.randint(0, 4096, (1, sum(lengths) or rows * job.context))
-batch = Batch(row, row.roll(-1), tuple(lengths) or (job.context,) * rows, row.numel())
-for _ in range(2):
-    train_step(assembly, [batch] * (job.batch // rows), 1e-3)
-print(pool.peak_bytes)
-""".replace("del linear if storage else path\n", "linear = None\n")
-
 JOBS = [
     {},
     {"adapter": "none"},
@@ -66,8 +31,6 @@ JOBS = [
     {"format": "int8"},
     {"micro_batch": 1, "context": 512},
 ]
-
-needs_pool = pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="needs Linux and a C++ compiler")
 
 
 @needs_pool
@@ -78,16 +41,14 @@ def test_peak_of_live_bytes_is_the_real_runs_within_two_percent(fields: dict) ->
 
 @needs_pool
 def test_documents_of_uneven_length_are_rehearsed_as_they_lie() -> None:
-    check({"batch": 2}, (256, 100, 100, 56))
+    check({"batch": 1, "micro_batch": 1}, (256, 100, 100, 56))
 
 
 def check(fields: dict, lengths: tuple[int, ...]) -> None:
-    fields = {"model": "toy", "data": "demo", "context": 256, "batch": 4} | fields
-    argument = json.dumps([TOY, fields, lengths])
-    done = subprocess.run([sys.executable, "-c", REAL, argument], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    train = next(p for p in rehearse(TuneJob(**fields), ModelConfig.from_hf(TOY), lengths).phases if p.name == "train")
-    assert train.peak_bytes == pytest.approx(int(done.stdout), rel=0.02)
+    job = TuneJob(**({"model": "toy", "data": "demo", "context": 256, "batch": 4, "micro_batch": 4} | fields))
+    (real,) = real_peaks([(TOY, job, lengths)])
+    train = next(p for p in rehearse(job, ModelConfig.from_hf(TOY), lengths).phases if p.name == "train")
+    assert train.peak_bytes == pytest.approx(real["train"], rel=REHEARSED)
 
 
 def test_a_70b_model_is_rehearsed_without_its_memory_or_its_time() -> None:
