@@ -3,10 +3,10 @@
     L = G q^T;   s = |Adam(L)| / |L|;   W = (1 - lr * weight_decay) (W - lr * s G sqrt(scale))
 
 As `apollo`, but with one scale for a matrix: state is 2 max(O, I) moments, hardly more than that of plain SGD. Adam's
-step in R dimensions is shorter than in all by sqrt(R / min(O, I)), and so is s on average; `scale` = min(O, I) / R makes
-it as long as AdamW's. The authors take 128 for every model: half of AdamW's steps at a width of 576, 1.4 times them at
-64. s is also a random number, the norm of one projection in its denominator: in models that narrow single steps are
-up to three times the average, so take less there.
+step in R dimensions is shorter than in all by sqrt(R / min(O, I)), and so is s on average; `scale` = min(O, I) / R
+makes it as long as AdamW's. The authors take 128 for every model: half of AdamW's steps at a width of 576, 1.4 times
+them at 64. s is also a random number, the norm of one projection in its denominator: in models that narrow single
+steps are up to three times the average, so take less there.
 Paper: https://arxiv.org/abs/2412.05270
 """
 
