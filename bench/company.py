@@ -20,8 +20,8 @@ STORAGES |= {"nf4": ("bf16", "nf4")}
 def main(given: list[str] | None = None) -> None:
     """Measure, and write bench/results/company.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128, help="of each text")
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="of each text")
     parser.add_argument("--quick", action="store_true", help="few tokens, written nowhere")
     asked = parser.parse_args(given)
     size = {"texts": 8, "tokens": 32} if asked.quick else {"texts": asked.texts, "tokens": asked.tokens}

@@ -17,6 +17,8 @@ from satchel.native.build import build
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 CGROUP = Path("/sys/fs/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+LARGE = 256 << 10  # bytes
 CGROUP_FILES = (  # limit and use, of version 2 and of version 1
     (CGROUP / "memory.max", CGROUP / "memory.current"),
     (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
@@ -77,6 +79,22 @@ def install_pool() -> Pool | None:
     library = ctypes.CDLL(str(path))
     library.satchel_pool_install()
     return Pool(library)
+
+
+def tame_heap() -> None:
+    """Have the C library give back what it would keep: in glibc, few arenas for all threads, and large buffers in maps
+    of their own, however many came before. Nothing where there is no glibc; tensors are the page pool's either way."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        for option, value in ((M_ARENA_MAX, 2), (M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE)):
+            library.mallopt(option, value)
+
+
+def trim_heap() -> None:
+    """Give free pages of the C library's heap back to the system (glibc)."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -26,6 +26,7 @@ import torch
 from satchel.core.errors import JobError, UserError
 from satchel.core.serve import ServeJob, Terms
 from satchel.core.units import format_bytes, parse_bytes
+from satchel.run.memory import tame_heap
 from satchel.run.serve import open_service
 from satchel.run.server.app import build
 from satchel.run.server.bodies import Bodies
@@ -67,6 +68,7 @@ class Replica:
 
     def __init__(self, job: ServeJob, terms: Terms, threads: int) -> None:
         torch.set_num_threads(threads)
+        tame_heap()
         self.service = open_service(job, Grammar.ready, terms.reserve_bytes)
         self.terms, self.id = terms, f"{os.getpid()}".encode()
         self.house = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from satchel.core.errors import JobError
 from satchel.core.serve import ServeJob, Terms
 from satchel.core.units import format_bytes
+from satchel.run.memory import tame_heap
 from satchel.run.serve import Service, open_service
 from satchel.run.server.app import build
 from satchel.run.server.grammar import Grammar
@@ -79,6 +80,7 @@ class Serving:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[_Opened]:
         keys = read_keys(self.api_keys) if self.api_keys else Keys()
+        tame_heap()
         with bind(self.host, self.port) as at:
             service = open_service(self.job, Grammar.ready, self.terms.reserve_bytes)
             try:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from satchel.core.errors import SatchelError
 from satchel.core.request import Event, Request, Usage
 from satchel.run.engine import Engine
+from satchel.run.memory import trim_heap
 
 log = logging.getLogger("satchel.server")
 T = TypeVar("T")
@@ -161,10 +162,12 @@ class Worker:
         return True
 
     def _next(self) -> Task | None:
-        """The next task. Who finds none for a while looks through the books; raises SatchelError if they are wrong."""
+        """The next task. Who finds none for a while looks through the books, and gives back what nobody needs. Raises
+        SatchelError if the books are wrong."""
         with contextlib.suppress(queue.Empty):
             return self._tasks.get(timeout=IDLE_S)
         self.engine.check_integrity()
+        trim_heap()
         self.checks += 1
         return self._tasks.get()
 
