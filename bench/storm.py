@@ -164,10 +164,12 @@ def main(given: list[str] | None = None) -> None:
         cases = [Case(str(tiny(Path(folder) / "tiny")), asked.requests, seed=asked.seed)]
         if asked.real:
             cases.append(Case("demo", asked.real, clients=24, queue=20, adapters=16, seed=asked.seed))
-        found = [storm(case) for case in cases]
-    table = [row(one) for one in found]
-    print(*table, sep="\n")
-    write("storm", "Random requests in a tight budget, over HTTP", table, runs=found)
+        found: list[dict[str, Any]] = []
+        for case in cases:
+            found.append(storm(case))
+            table = [row(one) for one in found]
+            print(table[-1], flush=True)
+            write("storm", "Random requests in a tight budget, over HTTP", table, runs=found)
 
 
 if __name__ == "__main__":
