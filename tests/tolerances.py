@@ -19,6 +19,9 @@ EIGHT_BITS = 0.03
 # A share of decisions on one text against the same on another: two points, as the methods' authors round them.
 SHARE = 0.02
 
+# What inputs of 8 bits may change of a model's perplexity on some thousand tokens.
+PERPLEXITY = 0.005
+
 # Rehearsed against allocated bytes: an allocator rounds up to pages, and tables that last as long as the process
 # (the codes of 8-bit moments, half a MiB) belong to no job.
 REHEARSED = 0.02

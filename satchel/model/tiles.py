@@ -42,7 +42,14 @@ def tile(raw_OB: Tensor, kind: str) -> Tensor:
 def tiles_of(rows: Tensor, blocks: Callable[[Tensor], Tensor], kind: str = "Q8_0") -> Tensor:
     """A matrix in tiles, some rows of it at a time; `blocks` makes rows of blocks of what `rows` holds."""
     step = max(CHUNK // rows.shape[1] // ROWS, 1) * ROWS
-    return torch.cat([tile(blocks(rows[start : start + step]), kind) for start in range(0, len(rows), step)])
+    some = tile(blocks(rows[:step]), kind)
+    group = some.numel() // -(-min(step, len(rows)) // ROWS)  # bytes
+    tiles = some.new_empty(-(-len(rows) // ROWS) * group)
+    tiles[: some.numel()] = some
+    for start in range(step, len(rows), step):
+        some = tile(blocks(rows[start : start + step]), kind)
+        tiles[start // ROWS * group :][: some.numel()] = some
+    return tiles
 
 
 def untile(tiles: Tensor, kind: str, inputs: int) -> Tensor:

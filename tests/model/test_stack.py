@@ -1,6 +1,7 @@
 """All blocks as one operator give what the blocks give one by one."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from satchel.model.decoder import Decoder
 from satchel.model.linear import swap
 from satchel.model.load import load
 from satchel.model.paged import Pool, Row, Stretch
+from satchel.model.source import find_source, load_tokenizer
 from satchel.native import levels
 from satchel.native import stack as native
 from satchel.native.build import compiler
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from tests.model.blocky import blocky
-from tests.tolerances import EIGHT_BITS
+from tests.tolerances import EIGHT_BITS, PERPLEXITY
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -158,3 +160,25 @@ def test_a_state_that_is_no_number_is_told(sources):
     engine = Engine(model, Limits(blocks=8, batch=2, step_tokens=64, context=64))
     engine.submit(Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0)))
     assert "no numbers" in engine.run()[-1].error
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_perplexity_of_the_demo_model_is_that_of_its_unpacked_weights():
+    source = find_source("demo")
+    ids = load_tokenizer(source).encode((Path(__file__).parents[2] / "LICENSE").read_text())[:2048]
+    expected = load(source, torch.float32)(torch.tensor([ids]))[0]
+    model = load(source, torch.bfloat16, format=Stored(), frozen=True)
+    for rows in (512, 31):
+        pool = Pool(model.config, 128, model.dtype, "cpu", 2048)
+        states = []
+        for start in range(0, len(ids), rows):
+            some = ids[start : start + rows]
+            row = Row(pool.pages, [Stretch(range(128), start, len(some))])
+            states.append(model.hidden(torch.tensor([some]), cache=row)[0])
+        logits = torch.cat([model.logits(x).float() for x in states])
+        assert perplexity(logits, ids) == pytest.approx(perplexity(expected, ids), rel=PERPLEXITY), rows
+
+
+def perplexity(logits_NV: torch.Tensor, ids: list[int]) -> float:
+    return torch.nn.functional.cross_entropy(logits_NV[:-1], torch.tensor(ids[1:])).exp().item()
