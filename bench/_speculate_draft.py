@@ -25,6 +25,7 @@ from satchel.run.scheduler import Limits
 
 PROMPT, SAID = 32, 96  # tokens of a text of the target: what it goes on from, and what it says
 ROWS = 8  # texts of a step
+LR, WARM = 1e-3, 20  # at its highest, and steps until then
 
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def tune(small: Decoder, texts: list[list[int]], steps: int) -> float:
     """Train all but the embeddings on the texts; the loss of the last tenth of the steps."""
     small.model.embed_tokens.weight.requires_grad_(False)
     trained = [p for p in small.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
     objective, losses = make("objective", "causal_lm"), []
     for step in range(steps):
         rows = [texts[(step * ROWS + i) % len(texts)] for i in range(ROWS)]
@@ -91,9 +92,10 @@ def tune(small: Decoder, texts: list[list[int]], steps: int) -> float:
         optimizer.zero_grad()
         (loss / count).backward()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / steps)
+            group["lr"] = LR * min((step + 1) / WARM, 1 - step / steps)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(float(loss) / count)
+        losses.append(float(loss.detach()) / count)
     return sum(losses[-max(steps // 10, 1) :]) / max(steps // 10, 1)
 
 

@@ -58,7 +58,7 @@ def main(case: dict[str, Any]) -> dict[str, Any]:
         "guessed": count["guessed"],
         "right": count["right"],
         "drafts": count["drafts"],
-        "skipped": count["skipped"],
+        "left_out": count["skipped"] / (count["answered"] * model.config.layers),
         "said": said,
     }
 

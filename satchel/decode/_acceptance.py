@@ -13,7 +13,7 @@ Code: https://github.com/Kaffaljidhmah2/SpecDec_pp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ HELD_OUT = 8  # of so many texts one is only measured
 
 class Acceptance(nn.Module):
     """The head."""
+
+    depth: Tensor  # [1]: how often the block runs
 
     def __init__(self, width: int, depth: int = 3) -> None:
         super().__init__()
@@ -120,7 +122,7 @@ def train_acceptance(
     return Learnt(head.eval(), float(right_N.mean()), loss, _constant(held_out[1]))
 
 
-def _joined(some: object) -> tuple[Tensor, Tensor]:
+def _joined(some: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     states, labels = zip(*some, strict=True)
     return torch.cat(states), torch.cat(labels)
 

@@ -11,11 +11,15 @@ def test_every_decoding_of_the_book_is_measured():
     assert measured == {entry.name for entry in book.entries() if entry.slot == "decoding"}
     for text in speculate.WAYS.values():
         book.check("decoding", text.format(small="x"))
+    skips = {text.partition(":")[0] for text in speculate.SKIPS.values()}
+    assert skips == {entry.name for entry in book.entries() if entry.slot == "skip"}
+    run = {case["way"] for case in speculate.cases("x", quick=False)}
+    assert run == {*speculate.WAYS, *speculate.SKIPS}
 
 
 def test_a_row_compares_with_plain_decoding():
     plain = {"cpu_ms": 8.0, "wall_ms": 6.0, "tokens": 100, "steps": 100, "guessed": 0, "right": 0, "drafts": 0}
-    plain |= {"said": [[1, 2], [3, 4]]}
+    plain |= {"left_out": 0.0, "said": [[1, 2], [3, 4]]}
     guessed = plain | {"cpu_ms": 4.0, "wall_ms": 3.0, "steps": 40, "guessed": 80, "right": 60, "drafts": 40}
     found = speculate.row("edit", 0.0, 1, "lookup", [guessed | {"said": [[1, 2], [3, 5]]}], [plain])
     assert (found["right, share"], found["guesses a draft"], found["tokens a step"]) == (0.75, 2.0, 2.5)
