@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from satchel.run.extend import Phase
     from satchel.run.planner import Plan, Rung
 
-WAITING = "rehearsing the job; on first use this machine's speed is measured too, which takes half a minute"
+WAITING = "rehearsing the job; on first use this machine's speed is measured too, which takes a minute"
 
 
 Explain = Annotated[bool, typer.Option("--explain", help="Show the peak of each phase, and what makes it.")]

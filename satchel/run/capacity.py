@@ -29,7 +29,7 @@ from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
 from satchel.run.memory import available_bytes, resident_bytes
 from satchel.run.rehearse import staged
-from satchel.run.rung import PROCESS, process_bytes
+from satchel.run.rung import GROWTH, PROCESS, process_bytes
 from satchel.run.scheduler import Limits
 from satchel.run.tracker import Tracker
 
@@ -63,7 +63,7 @@ def capacity(
     context, each = job.context or config.context, sum(block_bytes(model, DTYPES[job.dtype]) for model in models)
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
     tensors = rehearse_all(job, models, device, source)
-    accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"])}
+    accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"], GROWTH)}
     if reserve_bytes and device != "cuda":
         accounts["requests"] = reserve_bytes
     fixed = sum(accounts.values())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +18,9 @@ from satchel.core.disk import require_room
 from satchel.core.errors import UserError
 from satchel.core.job import Job
 from satchel.core.report import Report
+from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
+from satchel.model.cross_entropy import WHOLE
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.source import Source
@@ -33,6 +37,7 @@ from satchel.run.planner import Plan, plan
 from satchel.run.receipt import Line, Receipt
 from satchel.run.rung import DEFAULTS, PROCESS, SLOTS, Extent, Rung
 from satchel.run.trainer import TrainResult, train
+from satchel.run.warm import Samples
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Beginning:
 
 
 J = TypeVar("J", bound=Job)
+SAMPLED = 16  # steps, and batches of an evaluation, whose sizes are looked at
 
 
 def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> Receipt:
@@ -61,7 +67,8 @@ def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> 
     kind = resolve(job.device)
     pool = install_pool() if kind == "cpu" else None
     begun = begin(job, report)
-    made = plan(job, begun.config, _extent(job, begun.dataset), look_for_smallest=False)
+    samples = partial(_samples, job, begun.dataset)
+    made = plan(job, begun.config, _extent(job, begun.dataset), look_for_smallest=False, samples=samples)
     report.plan(made)
     rung = made.require()
     if kind == "cpu":  # whose second tier is a file beside the output
@@ -91,6 +98,22 @@ def _extent(job: Job, dataset: Dataset) -> Extent:
         raise UserError("data: nothing is left to train on; add documents, or lower eval_share")
     steps, _ = dataset.train.length(job.batch, job.steps, job.epochs)
     return Extent(dataset.train.fullest(), steps, len(dataset.held_out))
+
+
+def _samples(job: Job, dataset: Dataset, micro_batch: int) -> Samples:
+    """One batch of each size that the first steps and the first of an evaluation have."""
+    steps, total = dataset.train.length(job.batch, job.steps, job.epochs)
+    rows = (dataset.train.step_rows(step, job.batch, job.seed, total) for step in range(min(steps, SAMPLED)))
+    trained = chain.from_iterable(dataset.train.batches(each, micro_batch) for each in rows)
+    evaluated = chain.from_iterable(
+        islice(held_out.in_order(micro_batch), SAMPLED) for held_out in dataset.held_out.domains().values()
+    )
+    return Samples(_sizes(trained), _sizes(evaluated))
+
+
+def _sizes(batches: Iterable[Batch]) -> list[Batch]:
+    filled = (batch.filled() for batch in batches)
+    return list({(batch.tokens_1N.shape[1], -(-batch.count // WHOLE)): batch for batch in filled}.values())
 
 
 def _as_begun(job: J) -> J:

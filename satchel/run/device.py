@@ -51,6 +51,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "
 MIDDLE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 12}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 32}
 SHAPES = ((SMALL, 2, 128), (MIDDLE, 4, 256), (LARGE, 1, 1024))  # with rows, tokens a row
+ROUNDS = 3  # over the plain jobs: a shared machine's speed changes by a tenth within seconds, and less over a minute
 OWN_OPERATORS = ("optimizer", "format")  # slots whose methods bring operators that no other job has
 PLAIN = TuneJob(model="reference", data="demo", lr=1e-6)
 Curve = list[tuple[float, float]]  # (size of a call, seconds), sizes rising
@@ -97,7 +98,7 @@ class Device:
 
 
 def device(kind: str = "auto", cache: Path = CACHE) -> Device:
-    """This machine's device, measured on first use (half a minute). Raises UserError for one that is not there."""
+    """This machine's device, measured on first use (a minute). Raises UserError for one that is not there."""
     kind = resolve(kind)
     key = f"{FORMAT}-{_name(kind)}-{torch.get_num_threads()}-{torch.__version__}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -131,10 +132,11 @@ def resolve(kind: str) -> str:
 
 
 def measure(kind: str) -> Device:
-    """Measure a device, now; about half a minute."""
+    """Measure a device, now; about a minute."""
     cuda = kind == "cuda"
     install_pool() if not cuda else None
-    steps = [found for job, config in references() if (found := _time_step(job, config, kind, 4))]
+    plain = [(job, config) for _ in range(ROUNDS) for job, config in references()]
+    steps = [found for job, config in plain if (found := _time_step(job, config, kind, 2))]
     others = [_time_step(job, config, kind, 1) for job, config in methods()]
     bare = Device(
         kind=kind,

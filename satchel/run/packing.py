@@ -16,7 +16,7 @@ import bisect
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -133,6 +133,11 @@ class Rows(Stream):
         places = np.arange(first, end)
         orders = {epoch: shuffled(len(self), seed, epoch) for epoch in np.unique(places // max(len(self), 1)).tolist()}
         return np.array([orders[place // len(self)][place % len(self)] for place in places.tolist()], dtype=np.int64)
+
+    def in_order(self, micro_batch: int) -> Iterator[Batch]:
+        """Every row once, so many at a time."""
+        for first in range(0, len(self), micro_batch):
+            yield self.batch(range(first, min(first + micro_batch, len(self))))
 
     def fed(self, rows: int, seed: int) -> int:
         """Tokens in the first `rows` rows of the endless stream."""

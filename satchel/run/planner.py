@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.source import find_source
 from satchel.run.device import device
+from satchel.run.governor import Governor, ran_out
 from satchel.run.ladder import Ladder
 from satchel.run.measured import read_measured
-from satchel.run.memory import install_pool, resident_bytes
-from satchel.run.rung import PROCESS, Extent, Pricing, Rung
-from satchel.run.warm import warm_up
+from satchel.run.memory import Pool, install_pool, resident_bytes
+from satchel.run.rung import GROWTH, PROCESS, Extent, Pricing, Rung
+from satchel.run.warm import Samples, noise, settle, warm_up
 
 DRIFT = 40 << 20  # the process differs from one that only plans: tokenizer and data; 25 MiB measured on the demo
+SETTLED = 12 << 20  # what a process still grows by after `settle`: 4 to 12 MiB measured
 ROUNDING = 1.005  # what is printed has three digits, and has to do when it is typed
 
 
@@ -85,9 +89,14 @@ class Plan:
 
 
 def plan(
-    job: Job, config: ModelConfig | None = None, extent: Extent | None = None, look_for_smallest: bool = True
+    job: Job,
+    config: ModelConfig | None = None,
+    extent: Extent | None = None,
+    look_for_smallest: bool = True,
+    samples: Callable[[int], Samples] | None = None,
 ) -> Plan:
     """Climb the ladder of a job. `extent`: what its data says of it; by default rows of the whole context.
+    `samples`: batches of the sizes that a run with so many rows at once sees; by default one of full rows.
 
     Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless nothing fits,
     where it is always found. Raises UserError where the job itself would.
@@ -101,12 +110,37 @@ def plan(
     warm_up(job, config, machine.kind)
     if pool:
         pool.trim()  # pages that were never touched would be taken for a part of what is resident
-    ladder = Ladder(job, Pricing(job, config, machine, budget, extent or Extent(), read_measured()))
+    pricing = Pricing(job, config, machine, budget, extent or Extent(), read_measured())
+    ladder = Ladder(job, pricing)
     chosen = ladder.climb()
     smallest = ladder.smallest() if look_for_smallest or not chosen else None
+    if smallest and not chosen and (settled := _settled(pricing, smallest, pool, samples)):
+        smallest = ladder.add(settled)
+        chosen = settled if settled.fits else None
     if not chosen:
         ladder.advise()
     return Plan(job, label, budget, machine.name, tuple(ladder.rungs), chosen, smallest)
+
+
+def _settled(pricing: Pricing, rung: Rung, pool: Pool | None, samples: Callable[[int], Samples] | None) -> Rung | None:
+    """A rung that misses the budget by less than what the process may grow by, priced anew once it has grown; None for
+    any other, and where not even one layer of it fits."""
+    if pool is None or rung.peak_bytes - GROWTH > pricing.budget:
+        return None
+    full = noise(pricing.config.vocab, pricing.documents(rung.job))
+    sizes = samples(rung.job.micro_batch) if samples else Samples([full], [full])
+    governor = Governor(pricing.machine.kind, pricing.budget, pool)
+    governor.begin()
+    try:
+        settle(rung.job, pricing.config, pricing.machine.kind, sizes)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None
+    finally:
+        governor.end()
+        governor.relax()
+    return dataclasses.replace(pricing, growth=SETTLED).rung(rung.job)
 
 
 def _config(model: str) -> ModelConfig:

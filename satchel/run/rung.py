@@ -73,13 +73,14 @@ class Pricing:
     budget: int
     extent: Extent
     measured: Measurements
+    growth: int = GROWTH  # bytes that the process is taken to grow by from now on
 
     def rung(self, job: Job) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
-        rehearsal = rehearse(job, self.config, self._documents(job), self.machine.kind)
+        rehearsal = rehearse(job, self.config, self.documents(job), self.machine.kind)
         weights = rehearsal.peak.accounts.get("weights", 0)
         accounts = rehearsal.peak.accounts | {
-            PROCESS: process_bytes(self.machine.kind, rehearsal.peak.peak_bytes, weights)
+            PROCESS: process_bytes(self.machine.kind, rehearsal.peak.peak_bytes, weights, self.growth)
         }
         step = self.machine.seconds(rehearsal.work)
         rung = Rung(
@@ -142,21 +143,21 @@ class Pricing:
         phases["evaluate"] *= evaluations * held_out / (job.micro_batch or job.batch)
         return phases | {"train": steps * step}
 
-    def _documents(self, job: Job) -> tuple[int, ...]:
+    def documents(self, job: Job) -> tuple[int, ...]:
         """The largest micro-batch, with the filler that makes it whole."""
         lengths = (self.extent.lengths or (job.context,)) * job.micro_batch
         filler = whole(sum(lengths)) - sum(lengths)
         return lengths + (filler,) * (filler > 0)
 
 
-def process_bytes(kind: str, tensors: int, weights: int) -> int:
-    """What a process holds on the device that computes beside its tensors, of which it has so many bytes."""
+def process_bytes(kind: str, tensors: int, weights: int, growth: int) -> int:
+    """What a process will hold on the device that computes beside its tensors, of which it has so many bytes."""
     if kind == "cuda":
         return int(BLOCKS * tensors)
     pool = install_pool()
     if pool is None:
-        return resident_bytes() + GROWTH + int(LOOSE_HEAP * (tensors - weights))
-    return resident_bytes() - pool.resident_bytes + GROWTH
+        return resident_bytes() + growth + int(LOOSE_HEAP * (tensors - weights))
+    return resident_bytes() - pool.resident_bytes + growth
 
 
 def changed_slots(given: Job, job: Job) -> list[str]:

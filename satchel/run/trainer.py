@@ -173,8 +173,7 @@ class Trainer:
         self._record({"held_out_loss": loss} | {f"held_out_loss/{name}": each for name, each in losses.items() if name})
 
     def _mean_loss(self, held_out: Rows) -> float:
-        rows, micro_batch = range(len(held_out)), self.progress.micro_batch
-        batches = (held_out.batch(rows[i : i + micro_batch]) for i in rows[::micro_batch])
+        batches = held_out.in_order(self.progress.micro_batch)
         return mean_loss(self.assembly, (batch.filled().to(self.device) for batch in batches))
 
     def _in_memory(self, compute: Callable[[], T]) -> T:

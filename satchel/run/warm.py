@@ -7,6 +7,7 @@ is little beside such a model.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -40,10 +41,34 @@ def warm_up(job: Job, config: ModelConfig, device: str) -> None:
     context = min(job.context, config.context, TOKENS)
     small = job.replace(context=context, optimizer="lomo" if job.adapter == "none" else "adamw", activations="none")
     assembly, batch = real(small, config, device, (context,) * max(min(job.batch, TOKENS // context), 1))
-    for _ in range(2):
-        train_step(assembly, [batch], 0.0)
-    mean_loss(assembly, [batch])
-    if assembly.adapter is not None and job.merge:
+    _exercise(assembly, Samples([batch], [batch]), job.merge)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches of the sizes that a run sees."""
+
+    trained: list[Batch]
+    evaluated: list[Batch]
+
+
+def settle(job: Job, config: ModelConfig, device: str, samples: Samples) -> None:
+    """The same with what the miniature leaves out: the whole vocabulary, the job's own methods, batches of the sizes
+    that the run will see. It takes less than the job itself, which has more layers, and leaves little to grow by.
+
+    Raises torch.OutOfMemoryError where a limit on tensors is in force that does not admit even that.
+    """
+    _exercise(shell(job, dataclasses.replace(config, layers=1), device), samples, job.merge)
+
+
+def _exercise(assembly: Assembly, samples: Samples, merge: bool) -> None:
+    """What a run does once everything is loaded."""
+    device = assembly.parameters[0][1].device
+    for batch in samples.trained:
+        for _ in range(2):
+            train_step(assembly, [batch.to(device)], 0.0)
+    mean_loss(assembly, (batch.to(device) for batch in samples.evaluated))
+    if assembly.adapter is not None and merge:
         _merge(assembly)
 
 
@@ -62,11 +87,20 @@ def _merge(assembly: Assembly) -> None:
 
 def real(job: Job, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
     """A model of random weights, ready to train, and a micro-batch of random tokens."""
+    return shell(job, config, device), noise(config.vocab, lengths).to(device)
+
+
+def shell(job: Job, config: ModelConfig, device: str) -> Assembly:
+    """A model of random weights, ready to train."""
     decoder = Decoder(config, DTYPES[job.dtype], device)
     decoder.init_weights(torch.Generator(device).manual_seed(0))
     if storage := make("format", job.format):
         for path, module in linears(decoder).items():
             swap(decoder, path, storage.pack(dense_OI(module)))
-    rng = torch.Generator().manual_seed(0)
-    row = torch.randint(0, config.vocab, (1, sum(lengths)), generator=rng)
-    return assemble(job, decoder), Batch(row, row.roll(-1), lengths, row.numel()).to(device)
+    return assemble(job, decoder)
+
+
+def noise(vocab: int, lengths: tuple[int, ...]) -> Batch:
+    """A batch of random tokens."""
+    row = torch.randint(0, vocab, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    return Batch(row, row.roll(-1), lengths, row.numel())

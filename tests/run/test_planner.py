@@ -10,8 +10,8 @@ from bench._toy import toy
 from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
 from satchel.core.units import format_bytes
-from satchel.run.planner import plan
-from satchel.run.rung import Extent
+from satchel.run.planner import SETTLED, plan
+from satchel.run.rung import GROWTH, Extent
 
 PAGE = Path(__file__).parents[2] / "docs" / "PLAN.md"
 
@@ -63,3 +63,16 @@ def test_every_key_of_the_json_is_documented(refused):
     shown = json.loads(json.dumps(refused.to_dict()))
     documented = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.M))
     assert documented == shown.keys() | shown["rungs"][0].keys()
+
+
+def test_a_job_that_misses_by_less_than_a_process_may_grow_is_priced_anew_once_it_has_grown(job):
+    def missing(size):
+        return plan(tight.replace(memory=f"{plan(tight).smallest.peak_bytes - size}B"))
+
+    tight = job.replace(activations="full", format="int4")
+    missing(GROWTH // 2)  # whatever it says, this process has grown then
+    made = missing(GROWTH // 2)
+    assert made.chosen is made.smallest
+    assert made.budget_bytes - GROWTH < made.chosen.peak_bytes <= made.budget_bytes
+    assert missing(GROWTH - SETTLED // 2).chosen is None
+    assert missing(GROWTH + 1).chosen is None
