@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STUCK_S = 180  # without a whole answer
+BUSY = "429"
 FINE = {200, 408, 429}  # 408: of those that gave a deadline
 SCHEMA = {
     "type": "object",
@@ -81,9 +82,12 @@ async def one(storm: Storm, rng: random.Random, kind: Kind | None = None) -> Non
 
 
 async def answered(storm: Storm, rng: random.Random) -> str:
-    """Waits for the whole of it."""
+    """Waits for the whole of it, and for its turn if the server is full."""
     path, body = a_request(storm, rng)
-    return _checked(path, body, await _ask(storm, path, body))
+    while (told := _checked(path, body, await _ask(storm, path, body))) == BUSY:
+        storm.outcomes["told to come again"] += 1
+        await asyncio.sleep(rng.uniform(0.1, 0.5))
+    return told
 
 
 async def reads_slowly(storm: Storm, rng: random.Random) -> str:

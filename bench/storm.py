@@ -142,7 +142,7 @@ def row(found: dict[str, Any]) -> dict[str, Any]:
         "requests": found["requests"],
         "went away": gone,
         "no requests at all": refused,
-        "told to come again": sum(count for kind, count in found["outcomes"].items() if kind.endswith(": 429")),
+        "told to come again": found["outcomes"].get("told to come again", 0),
         "pool, tokens": found["blocks"] * PAGE,
         "preempted": found["preemptions"],
         "blocks fetched": found["moved_in"],

@@ -13,7 +13,7 @@ from bench.storm import Case, storm
 def test_a_storm_in_a_tight_budget_leaves_nothing_behind(tmp_path):
     small = {"requests": 90, "pauses": 2, "clients": 24, "queue": 16, "adapters": 8, "spare_blocks": 8}
     found = storm(Case(str(tiny(tmp_path / "tiny")), **small))
-    assert sum(found["outcomes"].values()) == 90
+    assert sum(found["outcomes"].values()) - found["outcomes"].get("told to come again", 0) == 90
     assert found["preemptions"] > 0 and found["adapter_loads"] > 8
     assert found["peak_bytes"] <= found["budget_bytes"] and found["checks"] >= 2
 
