@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import satchel
+from bench._speculate_run import conversation
 from satchel.core.book import make
 from satchel.core.request import Request, Sampling
 from satchel.decode import train_acceptance
@@ -25,6 +26,7 @@ from satchel.run.scheduler import Limits
 
 PROMPT, SAID = 32, 96  # tokens of a text of the target: what it goes on from, and what it says
 ROWS = 8  # texts of a step
+QUESTIONS = ("What is {}?", "Explain {} in a few sentences.", "Write a short story about {}.", "How do I use {}?")
 LR, WARM = 1e-3, 20  # at its highest, and steps until then
 
 
@@ -52,15 +54,18 @@ def main(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def spoken(target: Decoder, count: int) -> list[list[int]]:
-    """Texts that the target goes on with from pieces of Python's reference, half of them drawn."""
+    """What the target says after pieces of Python's reference and to questions in turn; every other pair is drawn."""
     tokenizer = load_tokenizer("demo")
-    text = "\n".join(record["text"] for _, record in read_records("demo", lambda problem: None))
-    tokens = tokenizer.encode(text[: 12 * count * PROMPT])
+    pages = [(place.file, record["text"]) for place, record in read_records("demo", lambda problem: None)]
+    tokens = tokenizer.encode("\n".join(text for _, text in pages)[: 12 * count * PROMPT])
     prompts = [tuple(tokens[at : at + PROMPT]) for at in range(0, count * PROMPT, PROMPT)]
-    engine = Engine(target, Limits(blocks=32 * 9, batch=32, step_tokens=512, context=PROMPT + SAID))
+    for number in range(1, count, 2):
+        about = pages[number % len(pages)][0].partition("/")[2].lower()
+        prompts[number] = tuple(conversation(tokenizer, QUESTIONS[number // 2 % len(QUESTIONS)].format(about)))
+    engine = Engine(target, Limits(blocks=32 * 13, batch=32, step_tokens=512, context=2 * SAID))
     said: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        how = Sampling(temperature=0.7 * (number % 2), seed=number)
+        how = Sampling(temperature=0.7 * (number // 2 % 2), seed=number)
         said[engine.submit(Request(prompt=prompt, max_tokens=SAID, sampling=how))] = list(prompt)
     for event in engine.run():
         said[event.id] += event.tokens
