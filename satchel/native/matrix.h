@@ -412,10 +412,10 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
     reinterpret_cast<Bytes*>(codes + b * kBlock)[0] = __builtin_convertvector(bits0, Bytes);
     reinterpret_cast<Bytes*>(codes + b * kBlock)[1] = __builtin_convertvector(bits1, Bytes);
     const Ints both = bits0 + bits1;
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += both[i];
+    uint32_t sum = 0;  // codes of what is no number are any bits, and may pass all bounds
+    for (int i = 0; i < kLanes; ++i) sum += static_cast<uint32_t>(both[i]);
     x.scale[int64_t{row} * x.blocks() + b] = scale;
-    x.sum[int64_t{row} * x.blocks() + b] = sum;
+    x.sum[int64_t{row} * x.blocks() + b] = static_cast<int32_t>(sum);
   }
 }
 
