@@ -406,14 +406,14 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
     const float top = largest_or_nan((a0 > a1 ? a0 : a1) + ((a0 - a0) + (a1 - a1)));  // NaN where one is NaN or infinite
     const float scale = top / 127.0f, inverse = top == 0 ? 0.0f : 127.0f / top;
     // adding 1.5 * 2^23 rounds to the nearest integer, halves to even, which is then in the low bits
-    const Ints bits0 = reinterpret_cast<Ints>(in[0] * inverse + 0x1.8p23f) - 0x4B400000;
-    const Ints bits1 = reinterpret_cast<Ints>(in[1] * inverse + 0x1.8p23f) - 0x4B400000;
+    const Words bits0 = reinterpret_cast<Words>(in[0] * inverse + 0x1.8p23f) - 0x4B400000;
+    const Words bits1 = reinterpret_cast<Words>(in[1] * inverse + 0x1.8p23f) - 0x4B400000;
     using Bytes = int8_t __attribute__((vector_size(16), aligned(1), may_alias));
     reinterpret_cast<Bytes*>(codes + b * kBlock)[0] = __builtin_convertvector(bits0, Bytes);
     reinterpret_cast<Bytes*>(codes + b * kBlock)[1] = __builtin_convertvector(bits1, Bytes);
-    const Ints both = bits0 + bits1;
+    const Words both = bits0 + bits1;
     uint32_t sum = 0;  // codes of what is no number are any bits, and may pass all bounds
-    for (int i = 0; i < kLanes; ++i) sum += static_cast<uint32_t>(both[i]);
+    for (int i = 0; i < kLanes; ++i) sum += both[i];
     x.scale[int64_t{row} * x.blocks() + b] = scale;
     x.sum[int64_t{row} * x.blocks() + b] = static_cast<int32_t>(sum);
   }
