@@ -139,12 +139,12 @@ torch.library.define(
 def _tiled_linear(x: Tensor, tiles: Tensor, bias_O: Tensor | None, kind: str, outputs: int, level: str) -> Tensor:
     x_NI = x.reshape(-1, x.shape[-1])
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
-    y_NO = x.new_empty(len(x_NI), outputs)
+    y = x.new_empty(*x.shape[:-1], outputs)  # no view of what was made here: whoever gets it may add to it in place
     kernel = native.kernel(level)
     assert kernel is not None
     wide_O = None if bias_O is None else bias_O.float()
-    kernel.linear(native.matrix(tiles, wide_O, kind, outputs, x_NI.shape[1]), x_NI, y_NO)
-    return y_NO.view(*x.shape[:-1], outputs)
+    kernel.linear(native.matrix(tiles, wide_O, kind, outputs, x_NI.shape[1]), x_NI, y.view(-1, outputs))
+    return y
 
 
 @torch.library.register_fake("satchel::tiled_linear")
