@@ -412,10 +412,11 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
     reinterpret_cast<Bytes*>(codes + b * kBlock)[0] = __builtin_convertvector(bits0, Bytes);
     reinterpret_cast<Bytes*>(codes + b * kBlock)[1] = __builtin_convertvector(bits1, Bytes);
     const Words both = bits0 + bits1;
-    uint32_t sum = 0;  // codes of what is no number are any bits, and may pass all bounds
+    uint32_t sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += both[i];
     x.scale[int64_t{row} * x.blocks() + b] = scale;
-    x.sum[int64_t{row} * x.blocks() + b] = static_cast<int32_t>(sum);
+    const bool sound = inverse <= 0x1.fffffep127f;  // else codes are any bits: of no numbers, or below what can be told
+    x.sum[int64_t{row} * x.blocks() + b] = sound ? static_cast<int32_t>(sum) : 0;
   }
 }
 
