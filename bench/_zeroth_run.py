@@ -64,13 +64,19 @@ def learn(job: TuneJob, task: dict[str, Any], steps: int, factor: float) -> dict
     return {"lr": lr, "before": before, "after": after, "losses": losses, "wall_s": median(walls)}
 
 
+def everywhere(batch: Batch) -> Batch:
+    """The same rows, of which every token is learnt, as a plan takes it to be."""
+    tokens_1N = batch.tokens_1N
+    return Batch(tokens_1N, tokens_1N.roll(-1), batch.lengths, tokens_1N.numel())
+
+
 def peaks(job: TuneJob, task: dict[str, Any]) -> dict[str, Any]:
     """Bytes of tensors at the peak of inference and of the second step, on the longest rows; and what was rehearsed."""
     pool = install_pool()
     if pool is None:
         raise SystemExit("bench/zeroth counts bytes in the page pool, which needs Linux and a C++ compiler")
     assembly = _assembly(job)
-    longest = batch_of(sorted(task["train"], key=lambda example: -len(example[0]))[:BATCH], task["answers"])
+    longest = everywhere(batch_of(sorted(task["train"], key=lambda example: -len(example[0]))[:BATCH], task["answers"]))
     found = {}
     for name, call in (
         ("inference", lambda: mean_loss(assembly, [longest])),
