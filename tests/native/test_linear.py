@@ -96,7 +96,10 @@ def test_every_shape_with_a_bias_and_rows_apart(outputs, blocks_of, rows, data):
     bias_O = torch.randn(outputs)
     y_NO = product(level, kind, tiles, x_NI, outputs, bias_O)
     assert y_NO.isfinite().all()
-    assert close(y_NO, x_NI @ dense_OI.T + bias_O, EIGHT_BITS)
+    typical = (
+        x_NI.norm() * dense_OI.norm() / inputs**0.5
+    )  # of the product: a single number may be almost zero by chance
+    assert (y_NO - bias_O - x_NI @ dense_OI.T).norm() <= EIGHT_BITS * typical
 
 
 @pytest.mark.parametrize("level", LEVELS)

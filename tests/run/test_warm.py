@@ -25,6 +25,11 @@ def test_a_job_with_any_adapter_can_be_warmed_up_and_settled(adapter, merge):
     settle(job, CONFIG, "cpu", FULL)
 
 
+@pytest.mark.parametrize("format", [entry.name for entry in book.entries() if entry.slot == "format"])
+def test_an_adapter_trains_over_any_format(format):
+    settle(JOB.replace(format=format, dtype="bf16"), CONFIG, "cpu", FULL)
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_one_block_of_every_family_can_be_trained(family):
     config = ModelConfig.from_hf(hf_config(family).to_dict())
