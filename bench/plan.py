@@ -2,7 +2,8 @@
 
 Every row is a process that plans its job as `satchel tune` does, then loads, trains, evaluates and writes it. Nothing
 is fitted to these rows; what was ever calibrated (the planner's GROWTH, the tracker's PACKED, the device's curves) saw
-neither the shapes nor the methods in HELD_OUT. Beside it: other estimators on the same rows, the time that a rehearsal
+neither the shapes nor the methods in HELD_OUT. The device's curves are measured anew before the rows of each shape: a
+shared machine's speed drifts by a fifth within a quarter of an hour. Beside it: other estimators on the same rows, the time that a rehearsal
 takes, and what satchel's allocator does for resident bytes and costs in time.
 """
 
@@ -10,6 +11,8 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from bench._harness import interleave, measure, median, write
@@ -128,9 +131,11 @@ def main(arguments: list[str] | None = None) -> None:
     if parser.parse_args(arguments).quick:
         print(json.dumps([row(case) for case in quick()], indent=1))
         return
-    shutil.rmtree(CACHE, ignore_errors=True)  # the curves of a quiet machine, not those of whoever ran first
-    curves = device("cpu").curves
-    rows = [row(case) for case in grid()]
+    rows, curves = [], {}
+    for shape, cases in groupby(sorted(grid(), key=itemgetter("shape")), key=itemgetter("shape")):
+        shutil.rmtree(CACHE, ignore_errors=True)
+        curves[shape] = device("cpu").curves
+        rows += [row(case) for case in cases]
     failed = [r for r in rows if "error" in r]
     table = summary([r for r in rows if "error" not in r])
     for line in table:
