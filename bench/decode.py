@@ -42,8 +42,8 @@ from bench._decode_play import QUICK, SHARED_PROMPT, SHORT, USUAL
 from bench._decode_shapes import Llama
 from bench._harness import add_work, interleave, median, once, told, workplace, write
 from satchel.model.source import demo_path, find_source
+from satchel.native import stack
 from satchel.native.levels import LEVELS
-from satchel.native.linear import kernel
 
 PATIENCE_S = 900
 DEMO, TOY, LIMITS = "SmolLM2-135M", "toy", "limits"
@@ -153,7 +153,8 @@ def cases(asked: argparse.Namespace) -> list[Case]:
     large = {name: [OURS, *LLAMA] for name in SHAPES if name != TOY}
     sides_of = {TOY: smollm} if asked.quick else {DEMO: smollm} | large
     every = [Case(model, side) for model, sides in sides_of.items() for side in sides if side.home not in missing]
-    return [Case(LIMITS, Side("the machine", "_decode_limits")), *(case for case in every if asked.only in case.name)]
+    chosen = [case for case in every if any(text in case.name for text in asked.only.split("|"))]
+    return [Case(LIMITS, Side("the machine", "_decode_limits")), *chosen]
 
 
 def absent(asked: argparse.Namespace) -> Iterator[str]:
@@ -175,7 +176,7 @@ def absent(asked: argparse.Namespace) -> Iterator[str]:
 def compiled() -> None:
     """Our kernels are in the cache before anything is measured: they are compiled once a machine, in half a minute."""
     for level in LEVELS:
-        kernel(level)
+        stack.kernel(level)
 
 
 def plan(model: str) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--openvino-python", default=sys.executable, help="a Python with openvino-genai")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--repetitions", type=int, default=3, help="rounds")
-    parser.add_argument("--only", default="", help="cases whose 'model, engine, options' holds this")
+    parser.add_argument("--only", default="", help="cases whose 'model, engine, options' holds this, or this|that")
     parser.add_argument("--quick", action="store_true", help="a toy, one round of few tokens, written nowhere")
     add_work(parser)
     return parser.parse_args(given)
