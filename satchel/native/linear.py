@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from satchel.native import levels
 from satchel.native.build import build
@@ -75,7 +76,8 @@ def kernel(level: str = "auto") -> Kernel | None:
         return next(filter(None, map(kernel, levels.supported())), None)
     path = build("linear", levels.flags(level)) if level in levels.supported() else None
     found = Kernel(level, ctypes.CDLL(str(path))) if path else None
-    return found if found and all(right(found, kind) for kind in KINDS) else None
+    with _disable_current_modes():  # a rehearsal may be the first to ask, and its tensors have no data
+        return found if found and all(right(found, kind) for kind in KINDS) else None
 
 
 def right(kernel: Kernel, kind: str) -> bool:

@@ -1,5 +1,8 @@
 """A file's own blocks are multiplied by as they are."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -134,3 +137,19 @@ def test_a_broken_kernel_is_not_used(tmp_path, monkeypatch):
         assert build("linear", native.levels.flags("portable")) is None or native.kernel().level == "portable"
     finally:
         native.kernel.cache_clear()
+
+
+FIRST = """
+from satchel.core.job import TuneJob
+from satchel.model.config import ModelConfig
+from satchel.run.rehearse import rehearse
+from satchel.run.warm import MINIATURE
+job = TuneJob(model="toy", data="demo", format="stored", device="cpu", context=32, batch=1, micro_batch=1)
+assert rehearse(job, ModelConfig.from_hf(MINIATURE), (32,), "cpu").peak.peak_bytes
+"""
+
+
+@needs_compiler
+def test_a_rehearsal_may_be_the_first_that_asks_for_the_kernel():
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
