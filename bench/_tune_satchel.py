@@ -64,7 +64,7 @@ def main(work: str, steps: int, **settings: Any) -> dict[str, Any]:
     fields = {"context": CONTEXT, "batch": BATCH, "micro_batch": BATCH, "clip": CLIP, "schedule": "constant:warmup=0"}
     job = TuneJob.from_dict({"model": f"{work}/model", "data": "demo", "steps": steps} | fields | settings)
     for entry in book.entries():  # as a planned job has: their imports are no part of a step
-        make(entry.slot, entry.name)
+        entry.load()
     pool = install_pool()
     tokens = Tokens.read(Path(work) / "tokens.npz")
     decoder = load(job.model, DTYPES[job.dtype], "cpu", make("format", job.format))

@@ -1,6 +1,7 @@
 """A conversation, as a terminal and as a pipe hold it."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,9 +27,9 @@ def chat(monkeypatch, capsys):
 @pytest.fixture
 def asked(monkeypatch):
     """No model is loaded; the prompts of every answer are kept, and each answer is its number."""
-    monkeypatch.setattr("satchel.model.source.find_source", lambda name: name)
+    monkeypatch.setattr("satchel.model.source.find_source", lambda name: SimpleNamespace(tensors={}))
     monkeypatch.setattr("satchel.model.source.load_tokenizer", lambda source: None)
-    monkeypatch.setattr("satchel.model.load.load", lambda *_: None)
+    monkeypatch.setattr("satchel.model.load.load", lambda *_, **__: None)
     prompts = []
 
     def answer(model, tokenizer, prompt, on_text, **settings):

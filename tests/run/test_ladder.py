@@ -28,6 +28,8 @@ class Formula(Pricing):
             raise UserError("no matrix of this model is larger than the rank")
         if job.activations.partition(":")[0] not in (*KEPT, "selective"):
             raise UserError("the formula knows no such policy")
+        if job.format not in FORMATS:
+            raise UserError("the formula knows no such format")
         kept = KEPT.get(job.activations)
         kept = book.make("activations", job.activations).keep if kept is None else kept
         state = {"adamw": 100, "adamw8bit": 50}.get(job.optimizer)
