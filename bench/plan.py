@@ -3,8 +3,8 @@
 Every row is a process that plans its job as `satchel tune` does, then loads, trains, evaluates and writes it. Nothing
 is fitted to these rows; what was ever calibrated (the planner's GROWTH, the tracker's PACKED, the device's curves) saw
 neither the shapes nor the methods in HELD_OUT. The device's curves are measured anew before the rows of each shape: a
-shared machine's speed drifts by a fifth within a quarter of an hour. Beside it: other estimators on the same rows, the time that a rehearsal
-takes, and what satchel's allocator does for resident bytes and costs in time.
+shared machine's speed drifts by a fifth within a quarter of an hour. Beside it: other estimators on the same rows, the
+time that a rehearsal takes, and what satchel's allocator does for resident bytes and costs in time.
 """
 
 import argparse
