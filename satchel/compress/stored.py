@@ -43,8 +43,8 @@ class Stored(WeightFormat):
     def pack(self, weight_OI: Tensor) -> nn.Module:
         """A `TiledLinear` in Q8_0. Raises ModelError if blocks of 32 do not fill a row."""
         require_groups(self.name, weight_OI, 32)
-        tiles = tiles_of(weight_OI, encode_q8)
-        return TiledLinear(tiles, "Q8_0", *weight_OI.shape, weight_OI.dtype, self.level)
+        outputs, inputs = weight_OI.shape
+        return TiledLinear(tiles_of(weight_OI, encode_q8), "Q8_0", outputs, inputs, weight_OI.dtype, self.level)
 
     def keep(self, raw_OB: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> nn.Module:
         """A `TiledLinear` over the file's blocks, or over Q8_0 ones made of them."""

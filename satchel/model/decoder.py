@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         if rows and longest + self.config.position_offset > rows:
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
-        if feed is None and (stack := self._stack(x_BTD, cache)):
+        if feed is None and isinstance(cache, Row) and (stack := self._stack(x_BTD, cache)):
             return self._finish(stack(x_BTD, cache, self._tables(position_T, longest, torch.float32)))
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache, feed)
         runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
@@ -157,9 +157,9 @@ class Decoder(nn.Module):
             x_BTD = run(x_BTD, place)
         return self._finish(x_BTD)
 
-    def _stack(self, x_BTD: Tensor, cache: Past | None) -> Stack | None:
+    def _stack(self, x_BTD: Tensor, cache: Row) -> Stack | None:
         """The blocks as one operator, where they can run as one now."""
-        if torch.is_grad_enabled() or not isinstance(cache, Row) or not cache.suits(x_BTD):
+        if torch.is_grad_enabled() or not cache.suits(x_BTD):
             return None
         if self._blocks is None or (self._blocks and not self._blocks.untouched()):
             self._blocks = stack_of(self) or False

@@ -39,7 +39,8 @@ class Stack:
     """The blocks of one decoder."""
 
     def __init__(self, decoder: "Decoder", kernel: native.Kernel) -> None:
-        self.config, self.kernel, self.blocks = decoder.config, kernel, list(decoder.layers)
+        self.config, self.kernel = decoder.config, kernel
+        self.blocks: list[Any] = list(decoder.layers)
         self.ropes: list[Rope] = list({b.self_attn.rope: None for b in self.blocks if b.self_attn.rope})
         links = [link for block in self.blocks for link in _links(block)]
         self._holders, self._names, self._things = map(tuple, zip(*links, strict=True))
@@ -99,7 +100,7 @@ class Stack:
             self._layers = (native.Layer * len(self.blocks))(*map(self._layer, self.blocks))
         return self._layers
 
-    def _layer(self, block: Block) -> native.Layer:
+    def _layer(self, block: Any) -> native.Layer:
         how, attention = block.self_attn.how, block.self_attn
         maps = {name: self._matrix(plain(block.get_submodule(path))) for path, name in PATHS.items()}
         norms = {name: self._float(norm_weight(block, path)) for path, name in NORMS.items()}
@@ -114,7 +115,7 @@ class Stack:
             act=native.ACTS.index(block.mlp.act),
         )
 
-    def _matrix(self, m: TiledLinear) -> native.Matrix:
+    def _matrix(self, m: Any) -> native.Matrix:
         kind = native.linear.KINDS.index(m.kind)
         return native.Matrix(m.tiles.data_ptr(), self._float(m.bias), kind, m.out_features, m.in_features)
 
@@ -143,7 +144,7 @@ def plain(module: nn.Module) -> nn.Module:
 def norm_weight(block: Block, path: str) -> Tensor | None:
     """What a norm multiplies by; None where there is no such norm."""
     try:
-        norm = block.get_submodule(path)
+        norm: Any = block.get_submodule(path)
     except AttributeError:
         return None
     return norm.weight.detach().float() + norm.plus_one
