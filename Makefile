@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment, the dependencies, the demo model.
 #   make demo    a tuning run from plan to receipt        make test    the tests (SLOW=1: all of them)
 #   make check   lint, format, types                      make bench   all comparisons, with their peers
-#   make docs    METHODS.md and the tables of results
+#   make docs    METHODS.md, RESULTS.md and their lines in the README
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +27,7 @@ check: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/peers
-	for name in plan tune budget optimizer activations continual checkpoint killed zeroth serve decode storm adapters speculate prefill; do $(BIN)/satchel bench $$name || exit 1; done
+	for name in plan tune budget optimizer activations continual checkpoint killed zeroth serve decode storm adapters switch company speculate prefill; do $(BIN)/satchel bench $$name || exit 1; done
 
 docs: $(VENV)/base
 	$(BIN)/python docs/generate.py

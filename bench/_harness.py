@@ -111,7 +111,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def write(name: str, title: str, table: list[dict[str, Any]], quiet: bool = False, **rest: Any) -> Path:
-    """Write bench/results/NAME.json: `table` goes into the README, `rest` (the single runs, summaries) beside it."""
+    """Write bench/results/NAME.json: `table` goes into docs/RESULTS.md, `rest` (single runs, summaries) beside it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     machine = device("cpu")
     versions = f"torch {machine.torch}, Python {platform.python_version()}"

@@ -10,13 +10,11 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 import satchel
+from bench._toy import byte_tokenizer
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.tokenizer import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
@@ -27,23 +25,12 @@ HF |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "max_
 HF |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu"}
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, and `<s>`, `</s>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, "</s>": 1} | {piece: index + 2 for index, piece in enumerate(alphabet)}
-    backend = Backend(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, TEMPLATE)
-
-
 def tiny(folder: Path) -> Path:
     """Write the tiny model."""
     decoder = Decoder(ModelConfig.from_hf(HF), torch.bfloat16)
     with torch.no_grad():
         decoder.init_weights(torch.Generator().manual_seed(0), std=0.1)
     satchel.save(decoder, folder)
-    byte_tokenizer().save(folder)
+    byte_tokenizer(TEMPLATE).save(folder)
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     return folder

@@ -1,15 +1,18 @@
-"""Models of random weights with the demo model's tokenizer, as Hugging Face folders: for their shapes."""
+"""Models of random weights with the demo model's tokenizer, as Hugging Face folders, and a tokenizer of bytes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 import satchel
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.source import find_source
+from satchel.model.tokenizer import Tokenizer
 
 HEAD = 64  # features of a head
 
@@ -41,3 +44,14 @@ def toy(folder: Path, width: int, layers: int, tied: bool = True, vocabulary: in
     with torch.no_grad():
         decoder.init_weights(torch.Generator().manual_seed(0))
     return satchel.save(decoder, folder, tokenizer_from=source)
+
+
+def byte_tokenizer(template: str) -> Tokenizer:
+    """One token a byte, and `<s>`, `</s>`; `template` is its chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0, "</s>": 1} | {piece: index + 2 for index, piece in enumerate(alphabet)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, template)

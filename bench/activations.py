@@ -123,7 +123,7 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], budgets: list[int], lossy: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the README shows."""
+    """What docs/RESULTS.md shows."""
     after = {line["policy"]: line["after"] for line in lossy if "after" in line and not line["at_random"]}
     lines = []
     for found in rows:

@@ -1,5 +1,5 @@
-"""Write what is generated: docs/METHODS.md from the cards, README.md's tour and tables from docs/tour.txt and bench/,
-satchel/run/measured.json, what the planner knows of the methods' quality, from bench/results/tune.json.
+"""Write what is generated: docs/METHODS.md from the cards, docs/RESULTS.md from bench/results, README.md's tour and
+summary from docs/tour.txt and these, satchel/run/measured.json, what the planner knows of the methods, from tune.json.
 
 python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
 """
@@ -7,6 +7,8 @@ python docs/generate.py            write        python docs/generate.py --check 
 import json
 import sys
 from pathlib import Path
+
+from headlines import headline
 
 from satchel.core import book
 from satchel.core.book import Entry
@@ -57,14 +59,30 @@ def _section(entry: Entry) -> list[str]:
     return lines
 
 
+def found_results() -> dict[str, dict]:
+    """What bench/results holds of benches that have a table, by name."""
+    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    found = {path.stem: json.loads(path.read_text()) for path in files}
+    return {name: each for name, each in found.items() if each.get("table")}
+
+
 def results() -> str:
-    """One table a file of bench/results; a file gives its own rows under `table`, or none."""
-    parts = []
-    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
-        found = json.loads(path.read_text())
-        if table := found.get("table"):
-            parts.append(_table(path.stem, found, table))
-    return "\n\n".join(parts) or "No bench has run yet: `make bench` fills this in."
+    """RESULTS.md: one section a bench, with its table and its plot."""
+    lines = ["# Results", "", "Generated from `bench/results` by `make docs`: every figure fell out of a bench's run."]
+    for name, found in found_results().items():
+        lines += ["", f"## {name}", "", _table(name, found, found["table"])]
+        if (ROOT / "bench" / "results" / f"{name}.png").exists():
+            lines += ["", f"![{found['title']}](../bench/results/{name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def summary() -> str:
+    """A line a bench, for the README."""
+    lines = ["| bench | what it measures | what came out |", "| --- | --- | --- |"]
+    for name, found in found_results().items():
+        cells = (f"[{name}](docs/RESULTS.md#{name})", found["title"], headline(name, found["table"]))
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def _table(name: str, found: dict, rows: list[dict]) -> str:
@@ -105,7 +123,7 @@ def tour() -> str:
 
 def readme(text: str) -> str:
     """The README with fresh tour and tables between their marks."""
-    for name, fresh in (("tour", tour()), ("results", results())):
+    for name, fresh in (("tour", tour()), ("results", summary())):
         begin, end = (mark.format(name) for mark in MARKS)
         text = f"{text[: text.index(begin)]}{begin}\n{fresh}\n{text[text.index(end) :]}"
     return text
@@ -115,7 +133,9 @@ def main() -> int:
     """Write the files that differ; their names on stdout."""
     check = "--check" in sys.argv[1:]
     path = ROOT / "README.md"
-    fresh = {ROOT / "docs" / "METHODS.md": methods(), path: readme(path.read_text()), FILE: measured()}
+    docs = ROOT / "docs"
+    fresh = {docs / "METHODS.md": methods(), docs / "RESULTS.md": results(), FILE: measured()}
+    fresh[path] = readme(path.read_text())
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is stale: run make docs' if check else 'written'}")

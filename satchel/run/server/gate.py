@@ -54,7 +54,7 @@ class Gate:
         except Fault as fault:
             await out.fault(fault, receive)
         except ClientGone:
-            pass
+            pass  # there is nobody to tell; the line in the log says so
         except Exception as error:
             log.exception("request failed", extra={"fields": {"request_id": id}})
             await out.fault(broken(f"{type(error).__name__}; the server's log has the request id {id}"), receive)

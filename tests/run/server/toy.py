@@ -8,10 +8,8 @@ import time
 
 import httpx
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
-from satchel.model.tokenizer import Tokenizer
+from bench import _toy
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from satchel.run.server.app import build
@@ -31,14 +29,8 @@ TEMPLATE = (
 
 
 def byte_tokenizer(template=TEMPLATE):
-    """One token a byte, and `<s>`, `</s>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, "</s>": 1} | {piece: index + 2 for index, piece in enumerate(alphabet)}
-    backend = Backend(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, template)
+    """One token a byte, and a template that writes tools and their calls."""
+    return _toy.byte_tokenizer(template)
 
 
 def toy_house(template=TEMPLATE, terms=None, **limits):
