@@ -1,4 +1,4 @@
-"""One way of decoding on one kind of prompts, in a process of its own."""
+"""One way of decoding on some kinds of prompts, in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from satchel.core.request import Request, Sampling
+from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.source import load_tokenizer
 from satchel.run.engine import Engine
@@ -37,17 +38,22 @@ QUESTIONS = (
 
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
-    """CPU and wall seconds a token, and what became of the guesses."""
-    tokenizer = load_tokenizer("demo")
-    prompts = {"edit": edits, "question": questions, "reference": reference}[case["prompts"]](tokenizer)
-    model = load("demo", torch.bfloat16)
-    limits = Limits(blocks=64 * len(prompts), batch=case["batch"], step_tokens=512, context=1024)
-    engine = Engine(model, limits, tokenizer, decoding=case["decoding"], skip=case.get("skip", "none"))
-    how = Sampling(temperature=case["temperature"], seed=1)
+    """CPU and wall seconds a token of each kind, and what became of the guesses."""
+    tokenizer, model = load_tokenizer("demo"), load("demo", torch.bfloat16)
+    how = {"decoding": case["decoding"], "skip": case.get("skip", "none")}
+    return {"runs": [answer(model, tokenizer, kind, how) for kind in case["kinds"]]}
+
+
+def answer(model: Decoder, tokenizer: Any, kind: dict[str, Any], methods: dict[str, str]) -> dict[str, Any]:
+    """One kind, by an engine that has seen none of it."""
+    prompts = {"edit": edits, "question": questions, "reference": reference}[kind["prompts"]](tokenizer)
+    limits = Limits(blocks=64 * len(prompts), batch=kind["batch"], step_tokens=512, context=1024)
+    engine = Engine(model, limits, tokenizer, **methods)
+    how = Sampling(temperature=kind["temperature"], seed=1)
     run(engine, prompts[:1], how, 8)  # kernels for the sizes of steps
     before = engine.stats()
     cpu, wall = time.process_time(), time.monotonic()
-    said = run(engine, prompts, how, case["tokens"])
+    said = run(engine, prompts, how, kind["tokens"])
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     count = {name: value - before[name] for name, value in engine.stats().items()}
     return {

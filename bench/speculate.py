@@ -2,10 +2,11 @@
 
 SmolLM2-135M in bf16 answers four prompts of three kinds, greedily and drawn at 0.7, one at a time and four at once.
 The small model is made here, since none comes with the package: SmolLM2's first layers, tuned for some minutes on what
-SmolLM2 itself says. Each way runs in a process of its own, in rounds. Every answer is compared with plain decoding's,
+SmolLM2 itself says. Each way runs all of it in a process of its own, in rounds. Chains and trees of as many guesses
+stand beside each other: `kept` is how many of a draft's are right. Every answer is compared with plain decoding's,
 token by token: `same` is the share of the answers that are identical (bf16 products differ in the last bits with the
-number of rows, so that a near tie may fall the other way). FFN-SkipLLM, which changes answers, stands beside them. What
-does not pay is reported too.
+number of rows, so that a near tie may fall the other way; RSD by rejection draws others). FFN-SkipLLM, which changes
+answers, stands beside them. What does not pay is reported too.
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ WAYS = {
     "draft, 4": "draft:model={small},tokens=4",
     "draft, 8": "draft:model={small},tokens=8",
     "SpecDec++": "specdecpp:model={small},threshold=0.5",
+    "RSD-C, 8": "rsd:model={small},branches=2+1+1+1",
+    "RSD-S, 8": "rsd:model={small},width=2,depth=4",
+    "RSD-S, 12": "rsd:model={small},width=3,depth=4",
 }
 SKIPS = {"FFN-SkipLLM": "ffn_skip", "FFN-SkipLLM, whatever the harm": "ffn_skip:harm=100"}  # change answers
+DRAWN = {"RSD-S, 8, own noise": "rsd:model={small},width=2,depth=4,rule=noise"}  # greedily no other way
 PROMPTS = ("edit", "question", "reference")
+TOKENS = 64  # of an answer
 REPETITIONS = 3
 
 
@@ -45,25 +51,37 @@ def main() -> None:
         write("speculate", "Guessing ahead: SmolLM2-135M, four prompts of each kind", table, small=small)
 
 
+def kinds(quick: bool) -> list[dict[str, Any]]:
+    """What every way answers."""
+    how = {"batch": 1, "temperature": 0.0, "tokens": 12 if quick else TOKENS}
+    greedily = [how | {"prompts": kind} for kind in PROMPTS]
+    drawn, together = how | {"prompts": "question", "temperature": 0.7}, how | {"prompts": "question", "batch": 4}
+    return [greedily[0], drawn] if quick else [*greedily, drawn, together]
+
+
 def cases(small: str, quick: bool) -> list[dict[str, Any]]:
-    """What is run in each round."""
-    how = {"batch": 1, "temperature": 0.0, "tokens": 12 if quick else 96}
-    kinds = [how | {"prompts": kind} for kind in PROMPTS[: 1 if quick else None]]
-    if not quick:
-        kinds += [how | {"prompts": "question", "temperature": 0.7}, how | {"prompts": "question", "batch": 4}]
-    found = [kind | {"way": way, "decoding": text.format(small=small)} for kind in kinds for way, text in WAYS.items()]
-    lossy = how | {"prompts": "question", "decoding": "plain"}
-    return found + ([] if quick else [lossy | {"way": way, "skip": text} for way, text in SKIPS.items()])
+    """What is run in each round: a process each."""
+    every = kinds(quick)
+    found = [{"way": way, "decoding": text, "kinds": every} for way, text in WAYS.items()]
+    drawn = [kind for kind in every if kind["temperature"]]
+    found += [{"way": way, "decoding": text, "kinds": drawn} for way, text in DRAWN.items()]
+    asked = [kind for kind in every if kind["prompts"] == "question" and kind["batch"] == 1 and not kind["temperature"]]
+    found += [{"way": way, "decoding": "plain", "skip": text, "kinds": asked} for way, text in SKIPS.items() if asked]
+    return [case | {"decoding": case["decoding"].format(small=small)} for case in found]
 
 
 def compare(small: str, quick: bool) -> list[dict[str, Any]]:
-    """A row for each way and kind, medians over the rounds."""
+    """A row for each kind and way, medians over the rounds."""
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for case in interleave(cases(small, quick), 1 if quick else REPETITIONS):
         found = measure("bench._speculate_run", case)
-        print(case["way"], case["prompts"], {k: v for k, v in found.items() if k != "said"}, flush=True)
-        runs.setdefault((case["prompts"], case["temperature"], case["batch"], case["way"]), []).append(found)
-    return [row(*key, found, runs[*key[:3], "plain"]) for key, found in runs.items()]
+        for number, kind in enumerate(case["kinds"]):
+            one = found["runs"][number] if "runs" in found else found
+            print(case["way"], kind["prompts"], {k: v for k, v in one.items() if k != "said"}, flush=True)
+            runs.setdefault((kind["prompts"], kind["temperature"], kind["batch"], case["way"]), []).append(one)
+    order = [(kind["prompts"], kind["temperature"], kind["batch"]) for kind in kinds(quick)]
+    table = sorted(runs.items(), key=lambda pair: order.index(pair[0][:3]))
+    return [row(*key, found, runs[*key[:3], "plain"]) for key, found in table]
 
 
 def row(
@@ -78,6 +96,7 @@ def row(
     return first | {
         "right, share": round(one["right"] / one["guessed"], 3) if one["guessed"] else "",
         "guesses a draft": round(one["guessed"] / one["drafts"], 2) if one["drafts"] else "",
+        "kept a draft": round(one["right"] / one["drafts"], 2) if one["drafts"] else "",
         "left out": round(one["left_out"], 3) if one["left_out"] else "",
         "tokens a step": round(one["tokens"] / one["steps"], 2),
         "CPU ms a token": round(middle(found, "cpu_ms"), 2),

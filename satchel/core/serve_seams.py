@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from satchel.core.request import Request
@@ -61,7 +62,26 @@ class Admission(Method):
         return False
 
 
-Draft = Sequence[int]  # guesses at the next tokens of an answer
+@dataclass(frozen=True)
+class Draft:
+    """Guesses at the next tokens of an answer: a tree, of which a chain is the plainest. No guess has two children of
+    one token."""
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] = ()  # of each: the number of a guess before it, -1: the answer's last token
+
+    @staticmethod
+    def chain(tokens: Sequence[int]) -> Draft:
+        """Each guess after the one before."""
+        return Draft(tokens, range(-1, len(tokens) - 1))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def child(self, at: int, token: int) -> int | None:
+        """The guess of `token` after guess `at`, -1: after the answer's last token; None: it was not guessed there."""
+        later = range(at + 1, len(self))
+        return next((n for n in later if self.parents[n] == at and self.tokens[n] == token), None)
 
 
 class Speaker(Protocol):
@@ -106,12 +126,14 @@ class Speaker(Protocol):
 class Proposer(ABC):
     """What guesses at tokens for the answers of one engine. It never calls the model that checks them.
 
-    The engine runs the model on the guesses and keeps them as long as each is the token that it would have chosen;
-    the choice is a function of logits, key and position, so that guessing changes no answer. One who knows the key may
-    choose by the same noise: then a guess fails only where the two models' probabilities part.
+    The engine runs the model on the guesses and keeps those along one path, as long as each is the token that comes
+    there. What comes is a function of logits, key and position, so that guessing changes no answer: one who knows the
+    key may choose by the same noise, and a guess fails only where the two models' probabilities part. One who would
+    rather guess by chances of its own says itself what comes (`accept`), by a rule that keeps the model's distribution.
     """
 
-    most: int = 0  # guesses for one answer at once, at most
+    most: int = 0  # guesses for one answer at once, at most,
+    width: int = 1  # and of these at one position
 
     @abstractmethod
     def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
@@ -121,8 +143,15 @@ class Proposer(ABC):
         have no room for guesses.
         """
 
-    def learn(self, speaker: Speaker, guessed: int, right: int) -> None:  # noqa: B027
-        """The first `right` of the `guessed` tokens were; the answer has them and one more by now."""
+    def accept(self, speaker: Speaker, at: int, logits_V: Tensor) -> int | None:
+        """The token after guess `at` of the answer's draft, -1: after its last token, by the model's logits there.
+
+        None: the one that plain decoding would choose. The answer has the tokens up to there by now.
+        """
+        return None
+
+    def learn(self, speaker: Speaker, draft: Draft, path: Sequence[int]) -> None:  # noqa: B027
+        """The guesses of these numbers were right; the answer has them and one more by now."""
 
     def forget(self, speaker: Speaker) -> None:  # noqa: B027
         """The answer ended."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from satchel.core.card import Card
 from satchel.core.errors import ModelError
 from satchel.core.serve_seams import Decoding, Proposer
-from satchel.decode._drafter import Drafter
+from satchel.decode._drafter import Chain, Drafter
 from satchel.model.load import load
 from satchel.model.source import find_source, load_tokenizer
 
@@ -72,7 +72,7 @@ class Draft(Decoding):
 
     def drafter(self, small: Decoder, pages: Pages, vocabulary: int) -> Drafter:
         """What runs the small model."""
-        return Drafter(small, pages, self.tokens, vocabulary)
+        return Chain(small, pages, self.tokens, vocabulary)
 
 
 def require_same_tokens(large: Tokenizer, small: Tokenizer, name: str) -> None:

@@ -42,8 +42,8 @@ class _Memory:
                 same &= tokens_N[i : i + starts] == tokens_N[starts + i]
             if (found := np.flatnonzero(same)).size:
                 circle = tokens_N[found[-1] + size :].tolist()
-                return [circle[i % len(circle)] for i in range(count)]
-        return ()
+                return Draft.chain([circle[i % len(circle)] for i in range(count)])
+        return Draft()
 
 
 class _Lookup(Proposer):
@@ -54,11 +54,11 @@ class _Lookup(Proposer):
         self.memories: dict[tuple[int, int], _Memory] = {}
 
     def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
-        return [self._guess(speaker, most) if most else () for speaker, most in zip(speakers, room, strict=True)]
+        return [self._guess(speaker, most) if most else Draft() for speaker, most in zip(speakers, room, strict=True)]
 
-    def learn(self, speaker: Speaker, guessed: int, right: int) -> None:
-        memory = self.memories[speaker.id, speaker.index]
-        memory.length = min(2 * guessed, self.method.tokens) if right == guessed else max(right, 1)
+    def learn(self, speaker: Speaker, draft: Draft, path: Sequence[int]) -> None:
+        memory, right = self.memories[speaker.id, speaker.index], len(path)
+        memory.length = min(2 * right, self.method.tokens) if right == len(draft) else max(right, 1)
 
     def forget(self, speaker: Speaker) -> None:
         self.memories.pop((speaker.id, speaker.index), None)

@@ -23,7 +23,7 @@ class _Silent(Proposer):
     """Guesses nothing."""
 
     def propose(self, speakers: Sequence[Speaker], room: Sequence[int], fed: Sequence[int]) -> list[Draft]:
-        return [() for _ in speakers]
+        return [Draft() for _ in speakers]
 
 
 @dataclass(frozen=True, kw_only=True)

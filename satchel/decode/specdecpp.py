@@ -22,7 +22,7 @@ from torch import Tensor
 
 from satchel.core.card import Card
 from satchel.decode._acceptance import FILE, Acceptance, read_acceptance
-from satchel.decode._drafter import Drafter, Line
+from satchel.decode._drafter import Chain, Drafter, Line
 from satchel.decode.draft import Draft
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from satchel.model.paged import Pages
 
 
-class _Judged(Drafter):
+class _Judged(Chain):
     """A drafter that hears what its guesses are worth."""
 
     def __init__(self, model: Decoder, pages: Pages, vocabulary: int, method: SpecDecPP, head: Acceptance) -> None:

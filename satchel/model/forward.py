@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from satchel.core.serve_seams import Skipper
+from satchel.core.serve_seams import Draft, Feed, Skipper
 from satchel.model.decoder import Decoder
 from satchel.model.paged import Pages, Row, Stretch
 
 # N tokens of a step, R rows of them, D width, V vocabulary
 
+Thing = TypeVar("Thing")
 HEAD_ROWS = 64  # tokens whose logits exist at once: a vocabulary of 150k in float32 is 37 MiB
 
 
@@ -22,7 +24,7 @@ class Part:
     """What one sequence runs in a step: tokens that are certain, then guesses."""
 
     tokens: Sequence[int]
-    draft: Sequence[int]
+    draft: Draft
     table: Sequence[int]  # its blocks
     past: int  # tokens that these hold already
     first: int  # row of its first token in the step
@@ -47,19 +49,23 @@ class Part:
 @torch.inference_mode()
 def hidden(model: Decoder, pages: Pages, parts: Sequence[Part], skipper: Skipper | None = None) -> Tensor:
     """The state [N, D] before the head of every token of the step; keys and values go into its pages."""
-    stretches = [Stretch(part.table, part.past, part.fed) for part in parts]
-    tokens = [token for part in parts for token in (*part.tokens, *part.draft)]
-    row = Row(pages, stretches, padded(len(tokens)))
-    tokens += [0] * row.filler
-    feed = skipper.over(_said(parts, len(tokens)).to(pages.data.device)) if skipper else None
-    return model.hidden(torch.tensor([tokens], device=pages.data.device), cache=row, feed=feed)[0]
+    stretches = [Stretch(part.table, part.past, part.fed, part.draft.parents) for part in parts]
+    row = Row(pages, stretches, padded(sum(part.fed for part in parts)))
+    feed = skipper.over(_said(parts, row)) if skipper else None
+    return states(model, row, [token for part in parts for token in (*part.tokens, *part.draft.tokens)], feed)
 
 
-def _said(parts: Sequence[Part], rows: int) -> Tensor:
-    """For every row, tokens of its answer before it; -1 where it is filler."""
-    said = [torch.arange(part.said, part.said + part.fed) for part in parts]
-    filler = rows - sum(part.fed for part in parts)
-    return torch.cat([*said, torch.full((filler,), -1)])
+@torch.inference_mode()
+def states(model: Decoder, row: Row, tokens: Sequence[int], feed: Feed | None = None) -> Tensor:
+    """The state [N, D] before the head of every token of a row, and of its filler."""
+    tokens_1N = torch.tensor([[*tokens, *[0] * row.filler]], device=row.position_N.device)
+    return model.hidden(tokens_1N, cache=row, feed=feed)[0]
+
+
+def _said(parts: Sequence[Part], row: Row) -> Tensor:
+    """For every token of the row, those of its answer that come before it; -1 where it is filler."""
+    said = [row.position_N[part.all_rows.start : part.all_rows.stop] + (part.said - part.past) for part in parts]
+    return torch.cat([*said, row.position_N.new_full((row.filler,), -1)])
 
 
 @torch.inference_mode()
@@ -70,14 +76,14 @@ def logits(model: Decoder, x_RD: Tensor) -> Tensor:
     return model.logits(torch.cat([x_RD, filler_D])[None])[0, :rows].float()
 
 
-def groups(parts: Sequence[tuple[int, Part]]) -> Iterator[list[tuple[int, Part]]]:
-    """Numbered parts whose wanted rows are HEAD_ROWS together, or the guesses of one if these are more."""
-    group: list[tuple[int, Part]] = []
-    for numbered in parts:
-        if group and sum(len(part.rows) for _, part in (*group, numbered)) > HEAD_ROWS:
+def groups(things: Sequence[Thing], rows: Callable[[Thing], int]) -> Iterator[list[Thing]]:
+    """Things whose wanted rows are HEAD_ROWS together, or those of one if these are more."""
+    group: list[Thing] = []
+    for thing in things:
+        if group and sum(map(rows, (*group, thing))) > HEAD_ROWS:
             yield group
             group = []
-        group.append(numbered)
+        group.append(thing)
     if group:
         yield group
 

@@ -6,25 +6,29 @@
 A block is 16 tokens in all layers, contiguous, so that it is moved by one copy. Within it lie, layer by layer, the keys
 as [K, E, 16] and the values as [K, 16, E]; behind them those of a second model that reads the same tokens, if there is
 one: who holds, shares, copies or moves a block does so for both. The new tokens of all sequences form one row without
-padding; each attends to its own sequence only, through the sequence's table of blocks. On a CPU that is
-native/paged.cpp, which copies nothing; elsewhere, and without a compiler, torch gathers one sequence's pages at a time.
+padding; each attends to its own sequence only, through the sequence's table of blocks. Its last ones may be a tree of
+guesses: a guess lies in the slot after the guess before it, stands at the position after its parent's, and sees what
+came before the tree and its own branch. On a CPU that is native/paged.cpp, which copies nothing; elsewhere, and without
+a compiler, torch gathers one sequence's pages at a time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from satchel.model.attend import attend
+from satchel.model.attend import attend, attend_where
 from satchel.model.config import ModelConfig
 from satchel.native import paged as native
 
-# N tokens of the row, S sequences, B blocks of X numbers, M pages of all tables
+# N tokens of the row, T of one sequence, S sequences or its slots, B blocks of X numbers, M pages of all tables
 # H query heads, K kv heads, E head dim, P = PAGE
 
 PAGE = native.PAGE
+TREE = 63  # tokens of a tree at most: bits of a number
 
 
 class Pages:
@@ -34,6 +38,13 @@ class Pages:
         """`data_BX`: its part of every block."""
         self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, PAGE * config.head_dim))
         self.context = context  # the longest sequence there will be, tokens
+
+    def move(self, old_M: Tensor, new_M: Tensor) -> None:
+        """Copy tokens between slots of the pool, counted over all its blocks."""
+        keys, values = self.data.unbind(2)  # [B, layers, K, E * P] and [B, layers, K, P * E]
+        keys, values = keys.unflatten(-1, (-1, PAGE)), values.unflatten(-1, (PAGE, -1))
+        keys[new_M // PAGE, :, :, :, new_M % PAGE] = keys[old_M // PAGE, :, :, :, old_M % PAGE]
+        values[new_M // PAGE, :, :, new_M % PAGE] = values[old_M // PAGE, :, :, old_M % PAGE]
 
 
 class Pool:
@@ -74,6 +85,17 @@ class Pool:
         for source, target in pairs:
             self.data[target].copy_(self.data[source])
 
+    def gather(self, table: Sequence[int], first: int, kept: Sequence[int]) -> None:
+        """The tokens in the slots `first + kept[i]` of a sequence move to `first + i`; `kept` rises."""
+        pairs = [(first + old, first + new) for new, old in enumerate(kept) if old != new]
+        if not pairs:
+            return
+        slots = [[table[slot // PAGE] * PAGE + slot % PAGE for slot in pair] for pair in pairs]
+        old_M, new_M = torch.tensor(slots, device=self.data.device).T
+        for pages in (self.pages, self.beside):
+            if pages is not None:
+                pages.move(old_M, new_M)
+
 
 def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of PAGE tokens of one model."""
@@ -91,6 +113,27 @@ class Stretch:
     table: Sequence[int]  # its blocks; they hold `past` tokens and have room for `tokens` more
     past: int
     tokens: int
+    parents: Sequence[int] = ()  # of a tree, which its last tokens are: each the number of an earlier one, -1: none
+
+    def sight(self) -> np.ndarray:
+        """Of each token, [3, T]: the slot below which it sees all, those from there on as bits, its position."""
+        slot_T = np.arange(self.past, self.past + self.tokens)
+        sight_3T = np.stack([slot_T + 1, np.zeros_like(slot_T), slot_T])
+        if self.parents:
+            begin, branches = self.past + self.tokens - len(self.parents), ancestry(self.parents)[-self.tokens :]
+            sight_3T[:, -len(branches) :] = list(
+                zip(*((begin, b, begin + b.bit_count() - 1) for b in branches), strict=True)
+            )
+        return sight_3T
+
+
+def ancestry(parents: Sequence[int]) -> list[int]:
+    """For each token of a tree, itself and those that it stands on, as bits."""
+    assert len(parents) <= TREE
+    branches: list[int] = []
+    for number, parent in enumerate(parents):
+        branches.append(1 << number | (branches[parent] if parent >= 0 else 0))
+    return branches
 
 
 class Row:
@@ -107,9 +150,15 @@ class Row:
         starts = [0, *accumulate(map(len, used))]
         rows = [starts[:-1], first[:-1], [stretch.past for stretch in stretches], first[1:]]
         self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
-        spans = [torch.arange(stretch.past, stretch.past + stretch.tokens) for stretch in stretches]
-        self.position_N = torch.cat([*spans, torch.zeros(self.filler, dtype=torch.int64)]).to(device)
+        sights = np.concatenate([stretch.sight() for stretch in stretches], axis=1)
+        self.sight_3N = torch.tensor(sights, dtype=torch.int64, device=device)  # see `Stretch.sight`
+        self.position_N = torch.cat([self.sight_3N[2], self.sight_3N.new_zeros(self.filler)])
         self.layers = [LayerPages(self, index) for index in range(pages.data.shape[1])]
+
+    @property
+    def sight(self) -> dict[str, Tensor]:
+        """What each token may see, as the kernels call it."""
+        return dict(zip(native.SIGHT, self.sight_3N, strict=True))
 
     def suits(self, x_BTD: Tensor) -> bool:
         """Whether compiled kernels know these pages and numbers."""
@@ -143,14 +192,14 @@ class LayerPages:
         keys, values = data[:, self.index, 0], data[:, self.index, 1]
         how = scale, window or 0, cap or 0.0
         return torch.ops.satchel.paged_attention(
-            q_1NHE[0], k_1NKE[0], v_1NKE[0], keys, values, row.pages_M, row.bounds_4S, *how
+            q_1NHE[0], k_1NKE[0], v_1NKE[0], keys, values, row.pages_M, row.bounds_4S, row.sight_3N, *how
         )[None]
 
 
 torch.library.define(
     "satchel::paged_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor bounds, float scale, "
-    "int window, float cap) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor bounds, Tensor sight, "
+    "float scale, int window, float cap) -> Tensor",
 )
 
 
@@ -162,6 +211,7 @@ def paged_attention_in_torch(
     values: Tensor,
     pages_M: Tensor,
     bounds_4S: Tensor,
+    sight_3N: Tensor,
     scale: float,
     window: int,
     cap: float,
@@ -169,11 +219,11 @@ def paged_attention_in_torch(
     """Out [N, H, E]; zero where a row is filler. Keys and values of one layer are [blocks, K, P * E].
 
     `bounds` holds for each sequence where its table begins in `pages`, its first new token's row, the tokens before it,
-    and the row after its last new token.
+    and the row after its last new token; `sight` is what `Stretch.sight` says.
     """
     dim, heads = q_NHE.shape[-1], k_NKE.shape[1]
     keys_KEP, values_KPE = keys.view(-1, heads, dim, PAGE), values.view(-1, heads, PAGE, dim)
-    out_NHE = torch.zeros_like(q_NHE, memory_format=torch.contiguous_format)
+    out_NHE, branching_N = torch.zeros_like(q_NHE, memory_format=torch.contiguous_format), sight_3N[1].tolist()
     for start, first, past, stop in bounds_4S.T.tolist():
         total, rows = past + stop - first, slice(first, stop)
         at = torch.arange(past, total, device=keys.device)
@@ -182,10 +232,35 @@ def paged_attention_in_torch(
         values_KPE[table[at // PAGE], :, at % PAGE] = v_NKE[rows]
         k_SKE = keys_KEP[table].permute(0, 3, 1, 2).flatten(0, 1)[:total]
         v_SKE = values_KPE[table].transpose(1, 2).flatten(0, 1)[:total]
-        out_NHE[rows] = attend(
-            q_NHE[None, rows], k_SKE[None], v_SKE[None], scale=scale, window=window or None, cap=cap or None
-        )[0]
+        out_NHE[rows] = _attend_rows(
+            q_NHE[rows], k_SKE, v_SKE, sight_3N[:, rows] if any(branching_N[rows]) else None, scale, window, cap
+        )
     return out_NHE
+
+
+def _attend_rows(
+    q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, sight_3T: Tensor | None, scale: float, window: int, cap: float
+) -> Tensor:
+    """The queries of one sequence; those of a tree are few."""
+    if sight_3T is not None:
+        seen_TS = seen(sight_3T, len(k_SKE), window)
+        return attend_where(q_THE, k_SKE, v_SKE, seen_TS, scale=scale, cap=cap or None)
+    q, k, v = q_THE[None], k_SKE[None], v_SKE[None]
+    return attend(q, k, v, scale=scale, window=window or None, cap=cap or None)[0]
+
+
+def seen(sight_3T: Tensor, slots: int, window: int) -> Tensor:
+    """Which slots a token sees, [T, S]. A branch's slots rise with its positions: a window forgets the lowest first."""
+    limit_T1, branch_T1, position_T1 = sight_3T[..., None]
+    bit_J = torch.arange(TREE, device=sight_3T.device)
+    branch_TJ = (branch_T1 >> bit_J) & 1
+    if window:
+        branch_TJ = branch_TJ * (branch_TJ.flip(1).cumsum(1).flip(1) <= window)
+    slot_S = torch.arange(slots, device=sight_3T.device)
+    stem_TS = (slot_S < limit_T1) & (slot_S > position_T1 - (window or slots + 1))
+    bit_TS = slot_S - limit_T1
+    lit_TS = branch_TJ.gather(1, bit_TS.clamp(0, TREE - 1)).bool()
+    return stem_TS | lit_TS & (bit_TS >= 0) & (bit_TS < TREE)
 
 
 torch.library.impl("satchel::paged_attention", "default", paged_attention_in_torch)
@@ -200,13 +275,16 @@ def _paged_attention(
     values: Tensor,
     pages_M: Tensor,
     bounds_4S: Tensor,
+    sight_3N: Tensor,
     scale: float,
     window: int,
     cap: float,
 ) -> Tensor:
     kernel = native.library() if q_NHE.dtype == keys.dtype in (torch.float32, torch.bfloat16) else None
     if kernel is None:
-        return paged_attention_in_torch(q_NHE, k_NKE, v_NKE, keys, values, pages_M, bounds_4S, scale, window, cap)
+        return paged_attention_in_torch(
+            q_NHE, k_NKE, v_NKE, keys, values, pages_M, bounds_4S, sight_3N, scale, window, cap
+        )
     q_NHE, k_NKE, v_NKE = (t if t.flatten(1).stride(1) == 1 else t.contiguous() for t in (q_NHE, k_NKE, v_NKE))
     if v_NKE.stride(0) != k_NKE.stride(0):
         k_NKE, v_NKE = k_NKE.contiguous(), v_NKE.contiguous()
@@ -214,7 +292,9 @@ def _paged_attention(
     table_S, first_S, past_S, stop_S = bounds_4S
     first_S = torch.cat([first_S, stop_S[-1:]])
     tensors = {"q": q_NHE, "k": k_NKE, "v": v_NKE, "keys": keys, "values": values, "out": out_NHE}
-    tensors |= {"pages": pages_M, "table": table_S, "first": first_S, "past": past_S}
+    tensors |= {"pages": pages_M, "table": table_S, "first": first_S, "past": past_S} | dict(
+        zip(native.SIGHT, sight_3N, strict=True)
+    )
     native.attend(
         kernel,
         native.Batch(

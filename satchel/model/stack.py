@@ -68,7 +68,7 @@ class Stack:
         table_S, first_S, past_S, stop_S = row.bounds_4S
         first_S = torch.cat([first_S, stop_S[-1:]])
         tensors = {"x": x_BTD.contiguous(), "y": y_BTD, "tables": table_T2NR, "pool": row.pages.data, "room": room}
-        tensors |= {"pages": row.pages_M, "table": table_S, "first": first_S, "past": past_S}
+        tensors |= {"pages": row.pages_M, "table": table_S, "first": first_S, "past": past_S, **row.sight}
         for name, tensor in tensors.items():
             setattr(call, name, tensor.data_ptr())
         call.layers = native.ctypes.addressof(self._described())

@@ -3,7 +3,8 @@
 // A page holds 16 tokens of one layer and head: keys as [E, 16], so that a vector is one feature of 16 tokens, values
 // as [16, E], so that a vector is 16 features of one token. Scores and sums are float32 whatever the pages hold. A
 // query's result is computed in the same order whatever else is in the batch, however its past arrived, and on any
-// number of threads: keys in spans of 128 from the first on, with a running maximum.
+// number of threads: keys in spans of 128 from the first on, with a running maximum. New tokens may be a tree of guesses:
+// then a row sees what came before the tree and its own branch.
 
 #pragma once
 
@@ -28,8 +29,10 @@ struct Batch {
   const int32_t* table;    // [S] where in `pages` each begins
   const int32_t* first;    // [S + 1] row of each sequence's first new token
   const int32_t* past;     // [S] tokens before it
+  const int64_t *limit, *seen, *position;  // [N] a row sees its sequence's slots below `limit`, whose tokens stand at as
+                                           // many positions, and slot `limit + i` if bit i of `seen` is set
   int64_t page_stride, q_row, k_row;
-  int32_t sequences, heads, kv_heads, dim, window;  // window: keys that a query sees, itself included; 0: all
+  int32_t sequences, heads, kv_heads, dim, window;  // window: positions that a query sees, its own included; 0: all
   float scale, cap;                                 // cap: scores become cap * tanh(score / cap); 0: not
 };
 
@@ -53,11 +56,37 @@ void store(const Batch& b, int sequence, int head) {
   }
 }
 
+// The slots that a new token sees: [oldest, limit), and of those from `limit` on the ones with a bit.
+struct Sight {
+  int oldest, limit;
+  uint64_t seen;
+};
+
+// A branch's slots rise with its positions, so that a window forgets the lowest first.
+inline Sight sight_of(const Batch& b, int row) {
+  Sight sight = {0, static_cast<int>(b.limit[row]), static_cast<uint64_t>(b.seen[row])};
+  if (b.window <= 0) return sight;
+  sight.oldest = std::max(0, static_cast<int>(b.position[row]) - b.window + 1);
+  while (std::popcount(sight.seen) > b.window) sight.seen &= sight.seen - 1;
+  return sight;
+}
+
+// -1 for each of the slots from `start` on that may not be seen.
+inline Ints hidden(const Sight& sight, int start) {
+  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, slot = lane + start;
+  const Ints out = (slot >= sight.limit) | (slot < sight.oldest);
+  const int from = start - sight.limit;  // the bit of the first
+  if (!sight.seen || from <= -kPage || from >= 64) return out;
+  const uint64_t bits = from < 0 ? sight.seen << -from : sight.seen >> from;
+  const Ints branch = -(((Ints{} + static_cast<int32_t>(bits & 0xFFFF)) >> lane) & 1);
+  return out & ~branch;
+}
+
 // The queries of some tokens of one sequence that read one key head: row r is token r / group, query head r % group.
 struct Rows {
-  int count, group, first_at;  // first_at: position of the first token
+  int count, group;
+  std::vector<Sight> sights;  // of the tokens
   std::vector<float> q, out, top, sum;
-  int at(int row) const { return first_at + row / group; }
 };
 
 // Scores of rows [row, row + R) with the keys of P pages, scaled, capped, hidden where a row may not look.
@@ -70,14 +99,12 @@ void score(const Batch& b, const Rows& rows, int row, const T* const* keys, int 
       const Vector k = widen16(keys[p] + e * kPage);
       for (int r = 0; r < R; ++r) s[r][p] += q[r * b.dim + e] * k;
     }
-  const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int r = 0; r < R; ++r) {
-    const int at = rows.at(row + r), oldest = b.window > 0 ? at - b.window + 1 : 0;
+    const Sight& sight = rows.sights[(row + r) / rows.group];
     for (int p = 0; p < P; ++p) {
       if (b.cap > 0)
         for (int i = 0; i < kPage; ++i) s[r][p][i] = b.cap * std::tanh(s[r][p][i] / b.cap);
-      const Ints key = lane + (start + p * kPage);
-      out[r * (kSpan / kPage) + p] = ((key > at) | (key < oldest)) ? all(kNever) : s[r][p];
+      out[r * (kSpan / kPage) + p] = hidden(sight, start + p * kPage) ? all(kNever) : s[r][p];
     }
   }
 }
@@ -174,14 +201,19 @@ void look(const Batch& b, int sequence, int head, int first_row, Rows& rows) {
   const int tokens = std::min(kQueries, b.first[sequence + 1] - first_row);
   rows.group = b.heads / b.kv_heads;
   rows.count = tokens * rows.group;
-  rows.first_at = b.past[sequence] + first_row - b.first[sequence];
   rows.q.resize(int64_t{rows.count} * b.dim);
   rows.out.assign(int64_t{rows.count} * b.dim, 0.0f);
   rows.top.assign(rows.count, kNever);
   rows.sum.assign(rows.count, 0.0f);
   gather<T>(b, rows, head, first_row);
   const int32_t* pages = b.pages + b.table[sequence];
-  const int stop = rows.first_at + tokens, oldest = b.window > 0 ? std::max(0, rows.first_at - b.window + 1) : 0;
+  const int stop = b.past[sequence] + first_row - b.first[sequence] + tokens;
+  int oldest = stop;
+  rows.sights.clear();
+  for (int row = first_row; row < first_row + tokens; ++row) {
+    rows.sights.push_back(sight_of(b, row));
+    oldest = std::min(oldest, rows.sights.back().oldest);
+  }
   for (int start = oldest / kSpan * kSpan; start < stop; start += kSpan) {
     const int count = std::min(kSpan, stop - start);
     const T *keys[kSpan / kPage], *values[kSpan / kPage];

@@ -10,6 +10,7 @@ from satchel.native.build import build
 
 PAGE = 16  # tokens; as in paged.cpp
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread")  # fused multiply-add is welcome
+SIGHT = ("limit", "seen", "position")  # what a row may see, [N] each
 
 
 class Batch(ctypes.Structure):
@@ -17,6 +18,7 @@ class Batch(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "keys", "values", "out", "pages", "table", "first", "past")),
+        *((name, c_void_p) for name in SIGHT),
         *((name, c_int64) for name in ("page_stride", "q_row", "k_row")),
         *((name, c_int32) for name in ("sequences", "heads", "kv_heads", "dim", "window")),
         ("scale", c_float),

@@ -27,7 +27,8 @@ struct Call {
   const float* tables;  // [T, 2, rows, half]: cosines and sines
   void* pool;           // of keys and values; layer l, page p begins at p * page_stride + 2 l * half_stride
   uint8_t* room;
-  const int32_t *pages, *table, *first, *past;  // as in attention.h
+  const int32_t *pages, *table, *first, *past;  // as in attention.h,
+  const int64_t *limit, *seen, *position;       // these too
   int64_t page_stride, half_stride;
   int32_t count, rows, width, hidden, heads, kv_heads, dim, half, sequences, threads;
 };
@@ -208,6 +209,7 @@ class Worker {
     b.q = w.heads, b.k = w.heads + w.mixed, b.v = w.heads + w.mixed + c.kv_heads * c.dim;
     b.keys = keys, b.values = keys + c.half_stride, b.out = w.seen;
     b.pages = c.pages, b.table = c.table, b.first = c.first, b.past = c.past;
+    b.limit = c.limit, b.seen = c.seen, b.position = c.position;
     b.page_stride = c.page_stride, b.q_row = b.k_row = w.qkv;
     b.sequences = c.sequences, b.heads = c.heads, b.kv_heads = c.kv_heads, b.dim = c.dim;
     b.window = l.window, b.scale = l.scale, b.cap = l.cap;

@@ -8,6 +8,7 @@ from functools import cache
 from satchel.native import levels, linear
 from satchel.native.build import build
 from satchel.native.linear import Matrix
+from satchel.native.paged import SIGHT
 
 ACTS = ("silu", "gelu_tanh")  # as in stack.cpp
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -29,7 +30,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("layers", "x", "y", "tables", "pool", "room")),
-        *((name, c_void_p) for name in ("pages", "table", "first", "past")),
+        *((name, c_void_p) for name in ("pages", "table", "first", "past", *SIGHT)),
         *((name, c_int64) for name in ("page_stride", "half_stride")),
         *((name, c_int32) for name in ("count", "rows", "width", "hidden", "heads", "kv_heads", "dim", "half")),
         *((name, c_int32) for name in ("sequences", "threads")),

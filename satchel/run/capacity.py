@@ -19,6 +19,7 @@ from satchel.core.book import make
 from satchel.core.errors import DoesNotFit, UserError
 from satchel.core.request import Sampling
 from satchel.core.serve import ServeJob
+from satchel.core.serve_seams import Draft
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
@@ -106,7 +107,7 @@ def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Sou
         pool = Pool(model.config, 1, DTYPES[job.dtype], device)
         tracker.label([pool.data], "kv")
         tracker.mark("step", "blocks")
-        part = Part([0] * job.step_tokens, [], [0] * -(-job.step_tokens // PAGE), 0, 0)
+        part = Part([0] * job.step_tokens, Draft(), [0] * -(-job.step_tokens // PAGE), 0, 0)
         x_ND = hidden(model, pool.pages, [part])
         tracker.mark("step", "head")
         _choose(logits(model, x_ND[: min(HEAD_ROWS, job.step_tokens)]))

@@ -5,9 +5,9 @@
     while not engine.idle:
         for event in engine.step(): ...
 
-One step: schedule, propose, forward, accept, publish. An answer depends on its request alone: not on what else runs, on
-what the pool remembers, on how its prompt was cut, nor on whether it was preempted; up to the rounding of matrix
-products, which may differ in the last bits with the number of rows.
+One step: schedule, propose, forward, accept, publish. An answer depends on its request alone, unless the decoding
+says otherwise: not on what else runs, on what the pool remembers, on how its prompt was cut, nor on whether it was
+preempted; up to the rounding of matrix products, which may differ in the last bits with the number of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,10 +160,11 @@ class Engine:
 
     def _propose(self, turn: Turn) -> dict[Sequence, Draft]:
         """Guesses for answers that grow token by token, as far as the step and the pool have room."""
-        asking = {s for s in turn.work if s.pending == 1 and s.said_count and s.constraint is None}
-        share = (self.limits.step_tokens - turn.tokens) // max(len(asking), 1)
-        most = {s: min(share, self.proposer.most, s.request.max_tokens - s.said_count - 1) for s in asking}
-        room = [self.scheduler.extend(s, most[s]) if s in asking else 0 for s in turn.work]
+        asking = [s for s in turn.work if s.pending == 1 and s.said_count and s.constraint is None]
+        share = min((self.limits.step_tokens - turn.tokens) // max(len(asking), 1), self.proposer.most)
+        left = {s: s.request.max_tokens - s.said_count - 1 for s in asking}  # tokens after the next one
+        most = {s: min(share, self.proposer.width * left[s]) for s in asking}
+        room = [self.scheduler.extend(s, most[s]) if s in most else 0 for s in turn.work]
         drafts = self.proposer.propose(list(turn.work), room, list(turn.work.values()))
         for s, draft in zip(turn.work, drafts, strict=True):
             self.scheduler.trim(s, len(draft))
@@ -190,7 +190,7 @@ class Engine:
                 complete.append((number, part))
             else:
                 self.scheduler.seen(s, s.cached + len(part.tokens))
-        for group in groups(complete):  # the logits of one die before those of the next are made
+        for group in groups(complete, lambda numbered: len(numbered[1].rows)):  # one's logits die before the next's
             events += self._answer_some([(sequences[number], part) for number, part in group], x_ND)
         return events
 
@@ -211,7 +211,7 @@ class Engine:
         told = [self._answer(s, part.draft, mine_RV) for (s, part), mine_RV in zip(group, split, strict=True)]
         return [event for events in told for event in events]
 
-    def _answer(self, s: Sequence, draft: Items[int], logits_RV: Tensor) -> list[Event]:
+    def _answer(self, s: Sequence, draft: Draft, logits_RV: Tensor) -> list[Event]:
         """What the logits after all its tokens make of a sequence, and of answers that begin with the same prompt."""
         if not bool(logits_RV.amax(1).isfinite().all()):
             return self._end(s, "error", BROKEN)
@@ -220,28 +220,34 @@ class Engine:
             self.scheduler.fork(s, sibling)
         return [event for one in (s, *siblings) for event in self._say(one, draft, logits_RV)]
 
-    def _say(self, s: Sequence, draft: Items[int], logits_RV: Tensor) -> list[Event]:
-        """Guesses, as long as they are what would have been chosen, and one token more."""
-        begin, text, logprobs = len(s.tokens), "", []
-        for logits_V, guess in zip(logits_RV, [*draft, None], strict=True):
-            token = next_token(s, logits_V)
+    def _say(self, s: Sequence, draft: Draft, logits_RV: Tensor) -> list[Event]:
+        """The guesses along one path, as long as they are what comes, and one token more."""
+        begin, text, logprobs, path, at = len(s.tokens), "", [], [], -1
+        while at is not None and not s.finish:
+            logits_V = logits_RV[at + 1]
+            token = self._next(s, at, logits_V)
             if token is None:
                 text += s.end("stop")
                 break
             text += s.append(token)
             logprobs += rated(s, token, logits_V)
-            if s.finish or token != guess:
-                break
+            if (at := draft.child(at, token)) is not None:
+                path.append(at)
         said = s.tokens[begin:]
-        right = sum(token == guess for token, guess in zip(said, draft, strict=False))
-        self.counts.update(answered=len(said), drafts=bool(draft), guessed=len(draft), right=right)
+        self.pool.gather(s.table, begin, path)
+        self.counts.update(answered=len(said), drafts=bool(draft), guessed=len(draft), right=len(path))
         self.scheduler.seen(s, len(s.tokens) - 1)
         if draft:
-            s.guessed, s.right = s.guessed + len(draft), s.right + right
-            self.proposer.learn(s, len(draft), right)
+            s.guessed, s.right = s.guessed + len(draft), s.right + len(path)
+            self.proposer.learn(s, draft, path)
         if s.finish:
             self._drop(s)
         return self.answers.say(s, said, text, logprobs)
+
+    def _next(self, s: Sequence, at: int, logits_V: Tensor) -> int | None:
+        """The token after guess `at`; None if the constraint leaves none."""
+        token = self.proposer.accept(s, at, logits_V)
+        return next_token(s, logits_V) if token is None else token
 
     def _end(self, s: Sequence, finish: str, error: str = "") -> list[Event]:
         """Ends an answer before its time, and those that would have begun with it."""

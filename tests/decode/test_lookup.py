@@ -36,14 +36,14 @@ def test_a_guess_is_what_followed_the_longest_run_that_was_seen_before():
     lookup = Lookup(tokens=4, ngram=3).start(None)
     speaker = Speaker()
     speaker.tokens = [1, 2, 3, 9, 8, 7, 2, 3, 4, 5, 6, 6, 1, 2, 3]
-    assert list(lookup.propose([speaker], [10], [1])[0]) == [9, 8, 7, 2]
-    assert list(lookup.propose([speaker], [2], [1])[0]) == [9, 8]
+    assert list(lookup.propose([speaker], [10], [1])[0].tokens) == [9, 8, 7, 2]
+    assert list(lookup.propose([speaker], [2], [1])[0].tokens) == [9, 8]
     speaker.tokens = [*speaker.tokens, 4]
-    assert list(lookup.propose([speaker], [10], [1])[0]) == [5, 6, 6, 1]
+    assert list(lookup.propose([speaker], [10], [1])[0].tokens) == [5, 6, 6, 1]
     speaker.tokens = [*speaker.tokens, 5, 6]
-    assert list(lookup.propose([speaker], [10], [1])[0]) == [6, 1, 2, 3]
+    assert list(lookup.propose([speaker], [10], [1])[0].tokens) == [6, 1, 2, 3]
     speaker.tokens = [*speaker.tokens, 77]
-    assert list(lookup.propose([speaker], [10], [1])[0]) == []
+    assert list(lookup.propose([speaker], [10], [1])[0].tokens) == []
     lookup.forget(speaker)
     assert not lookup.memories
 
@@ -57,5 +57,5 @@ def test_guesses_get_shorter_as_they_fail_and_longer_as_they_hold():
     for right in (8, 0, 1, 2, 1):
         guess = lookup.propose([Speaker], [60], [1])[0]
         sizes.append(len(guess))
-        lookup.learn(Speaker, len(guess), min(right, len(guess)))
+        lookup.learn(Speaker, guess, range(min(right, len(guess))))
     assert sizes == [8, 8, 1, 2, 4]

@@ -1,11 +1,12 @@
 """Attention over pages equals attention over the whole past, however the tokens arrive and whatever the company."""
 
+import numpy as np
 import pytest
 import torch
 
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.paged import PAGE, Pool, Row, Stretch, paged_attention_in_torch
+from satchel.model.paged import PAGE, Pool, Row, Stretch, ancestry, paged_attention_in_torch
 from satchel.native import paged as native
 from tests.model.families import SHAPE
 from tests.tolerances import TOLERANCE, same
@@ -18,27 +19,31 @@ FAMILIES = {
 }
 RNG = torch.Generator().manual_seed(0)
 PASTS, NEW = (0, 37, 200, 5, 15), (19, 1, 3, 1, 1)  # of five sequences
+TREES = (19, 6, 30, 7, 2)  # guesses after them; those of the first are one chain
+PARENTS = [[int(torch.randint(-1, i, (), generator=RNG)) for i in range(count)] for count in TREES]
+PARENTS[0] = list(range(-1, 18))
 paths = pytest.mark.parametrize("path", ["native", "torch"])
 
 
-def problem(dtype, heads=6, kv_heads=2, dim=24):
+def problem(dtype, heads=6, kv_heads=2, dim=24, new_tokens=NEW):
     """New queries, keys and values in fused layout, and a pool that holds the pasts."""
-    count = sum(NEW)
+    count = sum(new_tokens)
     q, k, v = (torch.randn(count, h * dim, generator=RNG).to(dtype) for h in (heads, kv_heads, kv_heads))
-    sizes = [-(-(past + new) // PAGE) for past, new in zip(PASTS, NEW, strict=True)]
+    sizes = [-(-(past + new) // PAGE) for past, new in zip(PASTS, new_tokens, strict=True)]
     order = torch.randperm(sum(sizes) + 2, generator=RNG)
     pages_M, data = order[: sum(sizes)].to(torch.int32), torch.full((len(order), 2, kv_heads, PAGE * dim), torch.nan)
     pasts = [torch.randn(2, past, kv_heads, dim, generator=RNG).to(dtype) for past in PASTS]
     data = data.to(dtype)
     starts, firsts, first, start = [], [], 0, 0
-    for past, new, size, (pk, pv) in zip(PASTS, NEW, sizes, pasts, strict=True):
+    for past, new, size, (pk, pv) in zip(PASTS, new_tokens, sizes, pasts, strict=True):
         starts.append(start), firsts.append(first)
         for t in range(past):
             block = pages_M[start + t // PAGE]
             data[block, 0].view(kv_heads, dim, PAGE)[..., t % PAGE] = pk[t]
             data[block, 1].view(kv_heads, PAGE, dim)[:, t % PAGE] = pv[t]
         start, first = start + size, first + new
-    bounds = torch.tensor([starts, firsts, PASTS, [f + n for f, n in zip(firsts, NEW, strict=True)]], dtype=torch.int32)
+    stops = [f + n for f, n in zip(firsts, new_tokens, strict=True)]
+    bounds = torch.tensor([starts, firsts, PASTS, stops], dtype=torch.int32)
     shaped = (q.unflatten(1, (heads, dim)), k.unflatten(1, (kv_heads, dim)), v.unflatten(1, (kv_heads, dim)))
     return shaped, data, pages_M, bounds, pasts
 
@@ -59,10 +64,16 @@ def plainly(q, k, v, pasts, window, cap, scale=0.3):
     return torch.stack(out)
 
 
-def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0):
+def sights(parents=((),) * 5, new_tokens=NEW):
+    stretches = [Stretch((), past, new, tree) for past, new, tree in zip(PASTS, new_tokens, parents, strict=True)]
+    return torch.tensor(np.concatenate([stretch.sight() for stretch in stretches], axis=1))
+
+
+def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0, sight=None):
+    sight = sights() if sight is None else sight
     keys, values = data[:, 0], data[:, 1]
     run = torch.ops.satchel.paged_attention if path == "native" else paged_attention_in_torch
-    return run(*shaped, keys, values, pages_M, bounds, 0.3, window, cap)
+    return run(*shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap)
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -78,6 +89,52 @@ def test_every_query_sees_its_own_past(path, dtype, window, cap):
     shaped, data, pages_M, bounds, pasts = problem(dtype)
     out = attended(path, shaped, data, pages_M, bounds, window, cap)
     assert same(out, plainly(*shaped, pasts, window, cap).to(dtype))
+
+
+def by_branch(q, k, v, pasts, window, cap, scale=0.3):
+    """One query at a time, in float64: a guess sees what came before the tree, and its own branch."""
+    out, row = [], 0
+    for certain, tree, (pk, pv) in zip(NEW, PARENTS, pasts, strict=True):
+        stop = row + certain
+        for t in range(certain + len(tree)):
+            guess, branch = t - certain, []
+            while guess >= 0:
+                branch.append(stop + guess)
+                guess = tree[guess]
+            rows = [*range(row, min(row + t + 1, stop)), *branch[::-1]]
+            ks, vs = (torch.cat([old, new[rows]]).double()[-(window or 10**9) :] for old, new in ((pk, k), (pv, v)))
+            ks, vs = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (ks, vs))
+            score = torch.einsum("he,she->hs", q[row + t].double(), ks) * scale
+            score = cap * (score / cap).tanh() if cap else score
+            out.append(torch.einsum("hs,she->he", score.softmax(1), vs))
+        row = stop + len(tree)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (0, 2.0), (2, 2.0), (1, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 24), (9, 3, 64)])
+def test_a_guess_sees_its_own_branch(path, dtype, window, cap, heads, kv_heads, dim):
+    """Trees that begin within a page and end beyond it, as deep as a window and deeper."""
+    new = tuple(certain + guesses for certain, guesses in zip(NEW, TREES, strict=True))
+    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim, new)
+    out = attended(path, shaped, data, pages_M, bounds, window, cap, sights(PARENTS, new))
+    assert same(out, by_branch(*shaped, pasts, window, cap).to(dtype))
+
+
+def test_a_chain_is_seen_as_tokens_that_are_certain(path):
+    shaped, data, pages_M, bounds, _ = problem(torch.float32)
+    chains = [range(-1, new - 1) for new in NEW]
+    plain = attended(path, shaped, data.clone(), pages_M, bounds)
+    assert same(attended(path, shaped, data, pages_M, bounds, sight=sights(chains)), plain)
+
+
+def test_a_tree_of_which_a_part_is_cached_goes_on_where_it_stood():
+    parents = [-1, -1, 0, 1, 1, 2]
+    whole, late = Stretch((), 30, 6, parents).sight(), Stretch((), 33, 3, parents).sight()
+    assert (whole[:, 3:] == late).all()
+    assert whole[0].tolist() == [30] * 6 and whole[2].tolist() == [30, 30, 31, 31, 31, 32]
+    assert ancestry(parents) == whole[1].tolist() == [1, 2, 0b101, 0b1010, 0b10010, 0b100101]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16), (4, 1, 40), (5, 1, 128)])
@@ -108,7 +165,9 @@ def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window
             pages = torch.cat([table[:used], torch.tensor([40], dtype=torch.int32)])
             bounds = torch.tensor([[0, used], [0, cut], [at, 0], [cut, cut + 3]], dtype=torch.int32)
             bounds = bounds if company else bounds[:, :1].contiguous()
-            outs.append(attended("native", shaped, data, pages, bounds, window)[:cut])
+            stretches = [Stretch((), at, cut), Stretch((), 0, 3)][: bounds.shape[1]]
+            sight = torch.tensor(np.concatenate([stretch.sight() for stretch in stretches], axis=1))
+            outs.append(attended("native", shaped, data, pages, bounds, window, sight=sight)[:cut])
             at += cut
         torch.set_num_threads(before)
         return torch.cat(outs)
@@ -138,6 +197,64 @@ def test_a_row_of_sequences_gives_the_logits_of_each_alone(family):
     for tokens, parts in zip((a, b), logits.values(), strict=True):
         expected = decoder(tokens[None])[0]
         assert (torch.cat(parts) - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_tree_gives_the_logits_of_each_branch_and_goes_on_from_the_kept_one(family):
+    """Rotary and learned positions count the branch; what is gathered is as if the branch alone had been run."""
+    decoder = Decoder(ModelConfig.from_hf(SHAPE | FAMILIES[family]))
+    decoder.init_weights(torch.Generator().manual_seed(1), std=0.2)
+    decoder.eval()
+    pool, table, past = Pool(decoder.config, 8, torch.float32), [3, 1, 6], 14
+    pool.data.fill_(torch.nan)
+    parents, branch = [-1, -1, 0, 1, 1, 4, 2, 5], [1, 4, 5, 7]
+    text, guesses, after = (torch.randint(0, 101, (n,), generator=RNG) for n in (past + 1, len(parents), 3))
+
+    def run(begin, tokens, tree=()):
+        return decoder(tokens[None], cache=Row(pool.pages, [Stretch(table, begin, len(tokens), tree)]))[0]
+
+    run(0, text[:past])
+    out = run(past, torch.cat([text[past:], guesses]), parents)[1:]
+    for number in range(len(parents)):
+        path, at = [], number
+        while at >= 0:
+            path, at = [at, *path], parents[at]
+        expected = decoder(torch.cat([text, guesses[path]])[None])[0, -1]
+        assert (out[number] - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
+    pool.gather(table, past + 1, branch)
+    out = run(past + 1 + len(branch), after)
+    expected = decoder(torch.cat([text, guesses[branch], after])[None])[0, -len(after) :]
+    assert (out - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+def test_gathered_tokens_take_both_models_keys_along_and_leave_the_others_alone():
+    config = ModelConfig.from_hf(SHAPE | {"model_type": "llama"})
+    pool = Pool(config, 6, torch.float32, beside=config)
+    pool.data.copy_(torch.randn(pool.data.shape, generator=RNG))
+    before, table, kept = pool.data.clone(), [4, 0, 2], [0, 3, 4, 9, 20]
+    old, first = {}, 13
+    for pages in (pool.pages, pool.beside):
+        old[pages] = [slot_of(pages.data, table, first + slot).clone() for slot in kept]
+    pool.gather(table, first, kept)
+    for pages in (pool.pages, pool.beside):
+        for number, tensor in enumerate(old[pages]):
+            assert torch.equal(slot_of(pages.data, table, first + number), tensor)
+    fixed = [slot for slot in range(3 * PAGE) if not first + 1 <= slot < first + 5]
+    untouched = Pool(config, 6, torch.float32, beside=config)
+    untouched.data.copy_(before)
+    for ours, theirs in zip((pool.pages, pool.beside), (untouched.pages, untouched.beside), strict=True):
+        for slot in fixed:
+            assert torch.equal(slot_of(ours.data, table, slot), slot_of(theirs.data, table, slot))
+    assert torch.equal(pool.data[[1, 3, 5]], before[[1, 3, 5]])
+
+
+def slot_of(data, table, slot):
+    """The keys and values of one slot in all layers, flat."""
+    block = data[table[slot // PAGE]]
+    keys = block[:, 0].unflatten(-1, (-1, PAGE))[..., slot % PAGE]
+    values = block[:, 1].unflatten(-1, (PAGE, -1))[..., slot % PAGE, :]
+    return torch.stack([keys, values])
 
 
 def test_copied_blocks_are_equal_and_others_untouched():

@@ -105,6 +105,22 @@ def test_any_mixture_of_prompts_and_answers(sources, lengths, filler):
     assert close(steps(model, lengths, filler), one_by_one(model, lengths, filler), EIGHT_BITS)
 
 
+@pytest.mark.parametrize("family", ["llama", "window"])
+@torch.inference_mode()
+def test_a_tree_of_guesses_is_that_of_the_blocks(sources, family):
+    model, parents = loaded(sources[family]), [-1, -1, 0, 1, 1, 4, 2, 5, 5]
+    tokens, found = torch.randint(0, 203, (1, 30 + 2 + len(parents)), generator=torch.Generator().manual_seed(0)), []
+    for blocks in (None, False):
+        model._blocks = blocks
+        pool = Pool(model.config, 6, model.dtype, "cpu", 512)
+        pool.data.fill_(torch.nan)
+        model.hidden(tokens[:, :30], cache=Row(pool.pages, [Stretch([3, 0, 4], 0, 30)]))
+        row = Row(pool.pages, [Stretch([5], 0, 1), Stretch([3, 0, 4], 30, 1 + len(parents), parents)])
+        found.append(model.hidden(tokens[:, 30:], cache=row)[0])
+    model._blocks = None
+    assert close(found[:1], found[1:], EIGHT_BITS)
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 def test_the_number_of_threads_changes_nothing(sources, rows):
     model, threads = loaded(sources["llama"]), torch.get_num_threads()
