@@ -102,7 +102,8 @@ class Branching(Drafter[Tree]):
         each = self.method.branches[line.depth] if self.method.branches else CANDIDATES
         found = [self._children(line, node, row_V, each) for node, row_V in zip(line.level, logits_LV, strict=True)]
         parent_X = torch.cat([torch.full_like(some.token_C, some.parent) for some in found])
-        token_X, score_X, log_share_X = (torch.cat([some[i] for some in found]) for i in (1, 2, 3))
+        token_X, score_X = torch.cat([some.token_C for some in found]), torch.cat([some.score_C for some in found])
+        log_share_X = torch.cat([some.log_share_C for some in found])
         count = min(self.method.widths[line.depth], line.most - len(line.guesses), len(token_X))
         best = score_X.topk(count).indices
         line.score += score_X[best].tolist()

@@ -108,7 +108,7 @@ def test_fifty_thousand_drawn_answers_have_the_models_distribution(tmp_path, tre
 def sample(folder, tree, how, draws, vocabulary=6, length=3):
     """Answers after one prompt, what was guessed for them, and the probability of every answer."""
     model = large(vocab_size=vocabulary)
-    small = draft(folder / "m", noise=0.15, vocab_size=vocabulary)
+    small = draft(folder / "m", noise=0.4, vocab_size=vocabulary)
     guessing = engine(model, f"rsd:model={small},{tree}", batch=64, step_tokens=1024, blocks=512)
     prompt, told = (1, 2, 3), {}
     for number in range(draws // 128):
