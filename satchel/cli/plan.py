@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -15,13 +14,28 @@ from satchel.cli.console import out, table
 from satchel.cli.options import takes_job
 from satchel.core.card import ACCOUNTS
 from satchel.core.job import Job, PretrainJob, TuneJob
+from satchel.core.report import Report
 from satchel.core.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from satchel.run.extend import Phase
     from satchel.run.planner import Plan, Rung
 
 WAITING = "rehearsing the job; on first use this machine's speed is measured too, which takes a minute"
+
+
+class Waiting(Report):
+    """Shows which way to run a job was rehearsed last, while the plan is made."""
+
+    def __init__(self, status: Status) -> None:
+        self.status, self.count = status, 0
+
+    def rung(self, rung: Rung) -> None:
+        self.count += 1
+        what, peak = ", ".join(rung.changes) or "the job as given", format_bytes(rung.peak_bytes)
+        self.status.update(Text(f"rehearsed {self.count}: {what}: {peak}"))
 
 
 Explain = Annotated[bool, typer.Option("--explain", help="Show the peak of each phase, and what makes it.")]
@@ -44,8 +58,11 @@ def _plan(job: Job, explain: bool, as_json: bool) -> None:
     """Print the plan; exit code 2 if nothing fits."""
     from satchel.run.planner import plan
 
-    with nullcontext() if as_json else out.status(WAITING):
+    if as_json:
         made = plan(job)
+    else:
+        with out.status(WAITING) as status:
+            made = plan(job, report=Waiting(status))
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
     else:

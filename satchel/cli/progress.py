@@ -11,13 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from satchel.cli.console import out
-from satchel.cli.plan import WAITING, print_plan
+from satchel.cli.plan import WAITING, Waiting, print_plan
 from satchel.cli.receipt import print_receipt
 from satchel.core.report import Report
 from satchel.core.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from satchel.run.planner import Plan
+    from satchel.run.rung import Rung
 
 
 class _Talking(Report):
@@ -73,6 +74,7 @@ class RichProgress(_Talking):
             console=console,
         )
         self.waiting = console.status(WAITING)
+        self.planning = Waiting(self.waiting)
 
     def __enter__(self) -> RichProgress:
         self.waiting.start()
@@ -81,6 +83,9 @@ class RichProgress(_Talking):
     def __exit__(self, *_: object) -> None:
         self.waiting.stop()
         self.bar.stop()
+
+    def rung(self, rung: Rung) -> None:
+        self.planning.rung(rung)
 
     def plan(self, plan: Plan) -> None:
         self.waiting.stop()

@@ -6,6 +6,9 @@ from typing import Any
 class Report:
     """Called by the loops as the job proceeds. This one says nothing; subclasses override what they show."""
 
+    def rung(self, rung: Any) -> None:
+        """One way to run the job was rehearsed, while the plan is being made."""
+
     def plan(self, plan: Any) -> None:
         """The ladder was climbed; `plan.chosen` is about to run."""
 

@@ -68,7 +68,8 @@ def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> 
     pool = install_pool() if kind == "cpu" else None
     begun = begin(job, report)
     samples = partial(_samples, job, begun.dataset)
-    made = plan(job, begun.config, _extent(job, begun.dataset), look_for_smallest=False, samples=samples)
+    extent = _extent(job, begun.dataset)
+    made = plan(job, begun.config, extent, look_for_smallest=False, samples=samples, report=report)
     report.plan(made)
     rung = made.require()
     if kind == "cpu":  # whose second tier is a file beside the output

@@ -11,6 +11,7 @@ from typing import Any
 
 from satchel.core.errors import DoesNotFit
 from satchel.core.job import Job
+from satchel.core.report import SILENT, Report
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.source import find_source
@@ -94,9 +95,11 @@ def plan(
     extent: Extent | None = None,
     look_for_smallest: bool = True,
     samples: Callable[[int], Samples] | None = None,
+    report: Report = SILENT,
 ) -> Plan:
     """Climb the ladder of a job. `extent`: what its data says of it; by default rows of the whole context.
-    `samples`: batches of the sizes that a run with so many rows at once sees; by default one of full rows.
+    `samples`: batches of the sizes that a run with so many rows at once sees; by default one of full rows. `report` is
+    told of every rung.
 
     Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless nothing fits,
     where it is always found. Raises UserError where the job itself would.
@@ -110,7 +113,7 @@ def plan(
     warm_up(job, config, machine.kind)
     if pool:
         pool.trim()  # pages that were never touched would be taken for a part of what is resident
-    pricing = Pricing(job, config, machine, budget, extent or Extent(), read_measured())
+    pricing = Pricing(job, config, machine, budget, extent or Extent(), read_measured(), report=report)
     ladder = Ladder(job, pricing)
     chosen = ladder.climb()
     smallest = ladder.smallest() if look_for_smallest or not chosen else None

@@ -13,6 +13,7 @@ from typing import Any
 
 from satchel.core import book
 from satchel.core.job import Job
+from satchel.core.report import SILENT, Report
 from satchel.model.batch import whole
 from satchel.model.config import ModelConfig
 from satchel.run.device import Device
@@ -74,6 +75,7 @@ class Pricing:
     extent: Extent
     measured: Measurements
     growth: int = GROWTH  # bytes that the process is taken to grow by from now on
+    report: Report = SILENT  # is told of each rung
 
     def rung(self, job: Job) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
@@ -95,7 +97,9 @@ class Pricing:
             costs=", ".join(self._costs(job)),
             fits=False,
         )
-        return dataclasses.replace(rung, fits=rung.peak_bytes <= self.budget)
+        rung = dataclasses.replace(rung, fits=rung.peak_bytes <= self.budget)
+        self.report.rung(rung)
+        return rung
 
     def loss_ratio(self, job: Job) -> float | None:
         """The product over what changed; None if any of it was not measured as it is. Exact methods change nothing."""

@@ -46,6 +46,13 @@ def test_a_terminal_shows_one_bar(screen):
     assert "5/5" in said and "loss 2.346" in said and "1,234 tokens/s" in said and "600 MiB of 900 MiB" in said
 
 
+def test_while_a_plan_is_made_its_last_rung_is_shown(screen):
+    shown = RichProgress(screen)
+    shown.rung(SimpleNamespace(changes=(), peak_bytes=2**31))
+    shown.rung(SimpleNamespace(changes=("activations=full", "micro_batch=1"), peak_bytes=2**30))
+    assert shown.waiting.status.plain == "rehearsed 2: activations=full, micro_batch=1: 1.00 GiB"
+
+
 def test_a_receipt_sets_prediction_beside_measurement(screen, monkeypatch):
     monkeypatch.setattr(receipt, "out", screen)
     lines = (

@@ -9,6 +9,7 @@ import pytest
 from bench._toy import toy
 from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
+from satchel.core.report import Report
 from satchel.core.units import format_bytes
 from satchel.run.planner import SETTLED, plan
 from satchel.run.rung import GROWTH, Extent
@@ -40,6 +41,16 @@ def test_the_smallest_budget_fits_when_it_is_typed_as_it_is_printed(refused):
     budget = format_bytes(refused.smallest_bytes)
     again = plan(refused.job.replace(memory=budget), look_for_smallest=False).require()
     assert again.job.adapter == "none" and again.peak_bytes <= refused.smallest_bytes
+
+
+def test_a_report_is_told_of_every_rung_while_the_plan_is_made(job):
+    class Told(Report):
+        def rung(self, rung):
+            told.append(rung)
+
+    told = []
+    made = plan(job.replace(adapter="none", optimizer="lion"), look_for_smallest=False, report=Told())
+    assert {rung.changes for rung in made.rungs} <= {rung.changes for rung in told} and len(told) >= len(made.rungs) > 1
 
 
 def test_what_is_free_now_is_a_budget_and_the_job_as_given_its_only_rung(job):
