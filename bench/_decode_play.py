@@ -18,7 +18,8 @@ Tokens = list[int]
 Answer = Callable[[list[Tokens], int], list[list[float]]]
 
 USUAL = {"prefill": [512, 2048], "after": [32, 1024], "together": [8, 16], "first": 128, "count": 64, "times": 3}
-SHORT = USUAL | {"prefill": [512], "count": 32}  # of what takes ten times as long a token
+SHORT = USUAL | {"prefill": [512], "count": 32, "times": 1}  # of what takes ten times as long a token
+BRIEF = {"prefill": [512], "after": [32], "together": [8], "first": 128, "count": 16, "times": 1}  # of the slowest
 QUICK = {"prefill": [24], "after": [8], "together": [3], "first": 8, "count": 4, "times": 1}
 SHARED_PROMPT = 32  # tokens of each prompt where many answers grow together
 

@@ -14,7 +14,7 @@ from satchel.core.book import make
 from satchel.core.request import Request
 from satchel.model.load import load
 from satchel.model.paged import PAGE
-from satchel.model.source import find_source
+from satchel.model.source import find_source, load_tokenizer
 from satchel.run.engine import Engine
 from satchel.run.memory import install_pool
 from satchel.run.scheduler import Limits
@@ -27,6 +27,8 @@ def ours(case: dict[str, Any]) -> Answer:
     """The engine that serves, on a pool that holds what is asked for."""
     install_pool()
     source = find_source(case["file"])
+    if "tokenizer.ggml.tokens" in source.metadata:  # llama.cpp reads the vocabulary as well
+        load_tokenizer(source)
     model = load(source, torch.bfloat16, format=make("format", storage(case["format"], source, "cpu")), frozen=True)
     longest = context(case["plan"])
     engine = Engine(model, Limits(-(-longest // PAGE) + 1, max(case["plan"]["together"]), STEP, longest))

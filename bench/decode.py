@@ -4,7 +4,8 @@ SmolLM2-135M's own GGUF (Q4_1, its embeddings in Q8_0), and files of random Q4_0
 Every engine gets the same file, the same random prompts and as many threads, a process of its own for each
 measurement, and is measured in rounds of changing order:
 
-    load            seconds until the first token of the first answer was said
+    load            seconds until the first token of the first answer was said, vocabulary and tokenizer included but for
+                    transformers
     first token     milliseconds for a prompt of 128 tokens
     prefill N       prompt tokens a second, the first token of the answer included
     decode N        tokens a second of one answer after a prompt of N tokens
@@ -19,7 +20,11 @@ llama.cpp comes from `bash bench/peers/llama_cpp.sh DIR`, which mends its fault 
 better one of with and without flash attention. `--llama-python DIR/bin/python` names where it is; OpenVINO is any
 Python with `pip install openvino-genai`. A peer that is missing is left out with a word.
 
-`--work DIR` keeps models and every finished measurement there, and goes on from what it finds.
+satchel and llama.cpp are measured in every round, all else in the first one only; the levels of instructions that are
+many times slower get fewer and shorter prompts. All of it takes 20 minutes on two cores.
+
+`--work DIR` keeps models and every finished measurement there, and goes on from what it finds. `--only 'TEXT|TEXT'`
+measures the cases whose `model, engine, options` holds one of these texts: `--only 'SmolLM2-135M, llama|format=auto'`.
 """
 
 from __future__ import annotations
@@ -38,11 +43,12 @@ import torch
 
 import satchel
 from bench._decode_limits import Limits, Shape
-from bench._decode_play import QUICK, SHARED_PROMPT, SHORT, USUAL
+from bench._decode_play import BRIEF, QUICK, SHARED_PROMPT, SHORT, USUAL
 from bench._decode_shapes import Llama
 from bench._harness import add_work, interleave, median, once, told, workplace, write
 from satchel.model.source import demo_path, find_source
-from satchel.native import stack
+from satchel.native import draw, layout, paged, pointwise, stack
+from satchel.native.build import build
 from satchel.native.levels import LEVELS
 
 PATIENCE_S = 900
@@ -86,6 +92,7 @@ LLAMA = [Side("llama.cpp", "_decode_llama", (("flash", flash),), "llama") for fl
 TRANSFORMERS = Side("transformers, bf16", "_decode_run", (("engine", "transformers"),))
 OTHERS = [Side("OpenVINO GenAI", "_decode_openvino", (), "openvino"), TRANSFORMERS, ours("satchel, bf16", "none")]
 FORCED = [ours(f"satchel, {level}", f"stored:level={level}") for level in LEVELS]
+SLOW = FORCED[LEVELS.index("avx2") :]
 PEERS = {"llama": "llama_cpp", "openvino": "openvino_genai"}  # what each home has to hold
 
 
@@ -100,6 +107,17 @@ class Case:
     def name(self) -> str:
         """What stands in the record of runs, and what --only looks into."""
         return ", ".join([self.model, self.side.engine, *(f"{name}={value}" for name, value in self.side.options)])
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Lengths and counts."""
+        if self.model == DEMO:
+            return BRIEF if self.side in SLOW else USUAL
+        return QUICK if self.model == TOY else SHORT
+
+    def rounds(self, repetitions: int) -> int:
+        """In how many rounds it is measured."""
+        return repetitions if self.model == LIMITS or self.side in (OURS, *LLAMA) else 1
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ class Bench:
         if case.model != LIMITS:
             places["file"] = str(self.file(case.model))
             vocabulary = min(find_source(places["file"]).config.vocab, VOCABULARY)
-            argument |= {"model": case.model, "plan": plan(case.model), "vocabulary": vocabulary}
+            argument |= {"model": case.model, "plan": case.plan, "vocabulary": vocabulary}
         if case.side == TRANSFORMERS:
             places["folder"] = str(self.folder(case.model))
         how = {"python": self.python(case.side.home), "environment": None if case.side.ours else as_it_is()}
@@ -174,14 +192,12 @@ def absent(asked: argparse.Namespace) -> Iterator[str]:
 
 
 def compiled() -> None:
-    """Our kernels are in the cache before anything is measured: they are compiled once a machine, in half a minute."""
+    """Our kernels are in the cache before anything is measured: they are compiled once a machine, in a minute."""
     for level in LEVELS:
         stack.kernel(level)
-
-
-def plan(model: str) -> dict[str, Any]:
-    """Lengths and counts."""
-    return {DEMO: USUAL, TOY: QUICK}.get(model, SHORT)
+    for library in (layout.library, paged.library, pointwise.library, draw.library):
+        library()
+    build("page_pool")
 
 
 def as_it_is() -> dict[str, str]:
@@ -194,11 +210,13 @@ def table(bench: Bench, wanted: list[Case]) -> list[dict[str, Any]]:
     limits, lines = limits_of(bench, wanted), []
     for model in dict.fromkeys(case.model for case in wanted if case.model != LIMITS):
         best: dict[str, dict[str, float]] = {}
+        plans: dict[str, dict[str, Any]] = {}
         for case in wanted:
             if case.model == model and (found := bench.result(case)):
                 best[case.side.engine] = better(best.get(case.side.engine, {}), found)
+                plans[case.side.engine] = case.plan
         shape = Shape.of(find_source(str(bench.file(model))).config, bench.file(model).stat().st_size)
-        lines += [line(model, name, found, shape, limits, plan(model)) for name, found in best.items()]
+        lines += [line(model, name, found, shape, limits, plans[name]) for name, found in best.items()]
         if "satchel" in best and "llama.cpp" in best:
             lines.append(ratios(model, best["satchel"], best["llama.cpp"]))
     return lines
@@ -254,8 +272,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-python", default=sys.executable, help="a Python with llama-cpp-python")
     parser.add_argument("--openvino-python", default=sys.executable, help="a Python with openvino-genai")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
-    parser.add_argument("--repetitions", type=int, default=3, help="rounds")
-    parser.add_argument("--only", default="", help="cases whose 'model, engine, options' holds this, or this|that")
+    parser.add_argument("--repetitions", type=int, default=3, help="rounds of satchel and llama.cpp; all else has one")
+    parser.add_argument("--only", default="", help="'TEXT|TEXT': only cases whose name holds one of them")
     parser.add_argument("--quick", action="store_true", help="a toy, one round of few tokens, written nowhere")
     add_work(parser)
     return parser.parse_args(given)
@@ -268,7 +286,10 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     compiled()
     with workplace(asked.work) as work:
         bench = Bench(work, asked)
-        for case in interleave(wanted, 1 if asked.quick else asked.repetitions):
+        repetitions = 1 if asked.quick else asked.repetitions
+        for case in interleave(wanted, repetitions):
+            if seen[case] == case.rounds(repetitions):
+                continue
             seen[case] += 1
             result = bench.measure(case, seen[case])
             bench.found.setdefault(case, []).append(result)

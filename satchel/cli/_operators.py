@@ -15,6 +15,7 @@ LOST = {  # what torch does in their place
     "draw": "a drawn token takes sorts and logarithms of the whole vocabulary",
     "low_rank": "the adapters of a batch are added one after another",
     "adam": "an optimizer's step takes a dozen passes over memory",
+    "layout": "a load takes seconds longer",
     "page_pool": "a memory budget counts what the C library's heap loses in holes",
 }
 
@@ -46,7 +47,7 @@ def instructions() -> Table:
 
 
 def _builds() -> Mapping[str, Callable[[], object]]:
-    from satchel.native import adam, draw, levels, linear, low_rank, paged, pointwise
+    from satchel.native import adam, draw, layout, levels, linear, low_rank, paged, pointwise
     from satchel.native.build import build
 
     def stack() -> object:
@@ -54,5 +55,5 @@ def _builds() -> Mapping[str, Callable[[], object]]:
         return products and build("stack", levels.flags(products.level))
 
     libraries = {"paged": paged.library, "pointwise": pointwise.library, "draw": draw.library}
-    libraries |= {"low_rank": low_rank.library, "adam": adam.kernel}
+    libraries |= {"low_rank": low_rank.library, "adam": adam.kernel, "layout": layout.library}
     return {"linear": linear.kernel, "stack": stack} | libraries | {"page_pool": lambda: build("page_pool")}

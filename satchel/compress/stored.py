@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card, WeightFormat
+from satchel.model.layout import tiles_of, tiles_of_numbers, tiles_q8
 from satchel.model.packed import require_groups
-from satchel.model.tiles import KINDS, TiledEmbedding, TiledLinear, decode, encode_q8, tiles_of
+from satchel.model.tiles import KINDS, TiledEmbedding, TiledLinear
 from satchel.native.levels import LEVELS
 
 # O outputs, I inputs, B bytes of a row
@@ -44,14 +45,11 @@ class Stored(WeightFormat):
         """A `TiledLinear` in Q8_0. Raises ModelError if blocks of 32 do not fill a row."""
         require_groups(self.name, weight_OI, 32)
         outputs, inputs = weight_OI.shape
-        return TiledLinear(tiles_of(weight_OI, encode_q8), "Q8_0", outputs, inputs, weight_OI.dtype, self.level)
+        return TiledLinear(tiles_of_numbers(weight_OI), "Q8_0", outputs, inputs, weight_OI.dtype, self.level)
 
     def keep(self, raw_OB: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> nn.Module:
         """A `TiledLinear` over the file's blocks, or over Q8_0 ones made of them."""
-        if kind in KINDS:
-            tiles = tiles_of(raw_OB, lambda some_OB: some_OB, kind)
-        else:
-            tiles, kind = tiles_of(raw_OB, lambda some_OB: encode_q8(decode(some_OB, kind))), "Q8_0"
+        tiles, kind = (tiles_of(raw_OB, kind), kind) if kind in KINDS else (tiles_q8(raw_OB, kind), "Q8_0")
         return TiledLinear(tiles, kind, len(raw_OB), inputs, dtype, self.level)
 
     def embed(self, packed: nn.Module) -> nn.Module:

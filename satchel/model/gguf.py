@@ -25,6 +25,7 @@ TENSOR_TYPES = (
     | {29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 )
 LONGEST = 1 << 32  # no count in a sound header is larger; a larger one would only exhaust memory before failing
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_gguf(path: Path) -> GgufFile:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             try:
                 return _header(path, _Cursor(mapped, 4))
-            except (struct.error, UnicodeDecodeError, RecursionError, _Damaged) as error:
+            except (struct.error, UnicodeDecodeError, RecursionError, OverflowError, _Damaged) as error:
                 raise ModelError(f"{path}: the GGUF header is damaged or cut off ({error}); fetch it again") from error
 
 
@@ -80,6 +81,18 @@ class _Cursor:
         self.at = end
         return text
 
+    def strings(self, count: int) -> list[str]:
+        """`count` strings: a vocabulary has a hundred thousand, so the loop is a short one."""
+        mapped, at, unpack, found = self.mapped, self.at, _LENGTH.unpack_from, []
+        for _ in range(count):
+            start = at + 8
+            at = start + unpack(mapped, at)[0]
+            found.append(mapped[start:at])
+        if at > len(mapped):
+            raise _Damaged(f"a string that ends at byte {at}")
+        self.at = at
+        return [text.decode() for text in found]
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
@@ -87,6 +100,8 @@ class _Cursor:
             inner, count = self.unpack("I")[0], self.number("Q")
             if inner in SCALARS:
                 return list(self.unpack(SCALARS[inner], count))
+            if inner == STRING:
+                return self.strings(count)
             return [self.value(inner) for _ in range(count)]
         if kind not in SCALARS:
             raise _Damaged(f"a value of unknown type {kind} at byte {self.at}")

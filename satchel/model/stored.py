@@ -10,7 +10,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -81,22 +81,29 @@ class Reader:
             self._fill(stored, out if part.into is None else part.into(out), part.first, part.shift)
 
     def blocks(self, part: Part, shape: Sequence[int]) -> tuple[Tensor, str] | None:
-        """A matrix as its file holds it: bytes of each row, [O, B], and their kind. None where these are no blocks."""
+        """A matrix as its file holds it: bytes of each row, [O, B], and their kind. None where these are no blocks.
+
+        The bytes are those of the file itself, mapped, unless the rows are in another order there.
+        """
         stored = self.tensors.get(part.stored)
         if stored is None or stored.encoding.values == 1 or part.make is not None or part.shift:
             return None
         values, nbytes = stored.encoding.values, stored.encoding.nbytes
-        raw_OB = torch.empty(shape[0], shape[1] // values * nbytes, dtype=torch.uint8)
-        view = raw_OB if part.into is None else part.into(raw_OB)
-        self._fill(replace(stored, dtype="U8"), view, part.first // values * nbytes, 0.0)
-        return raw_OB, stored.dtype
+        self.release()
+        raw_OB = self.raw(stored, part.first // values * nbytes, math.prod(shape) // values * nbytes).view(shape[0], -1)
+        if part.into is None:
+            return raw_OB, stored.dtype
+        ordered_OB = torch.empty_like(raw_OB)
+        view = part.into(ordered_OB)
+        view.copy_(raw_OB.view(view.shape))
+        return ordered_OB, stored.dtype
 
     def _fill(self, stored: Stored, view: Tensor, first: int, shift: float) -> None:
         for piece, index in self.pieces(view, first):
             values = self._values(stored, index, piece.numel())
             piece.copy_((values.float() + shift if shift else values).view(piece.shape))
             del values
-            self.release(stored)
+            self.release()
 
     def _values(self, stored: Stored, first: int, count: int) -> Tensor:
         """Numbers [first, first + count) of a tensor, flat; they lie in whole blocks."""
@@ -116,10 +123,11 @@ class Reader:
         self._touched += nbytes
         return torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=stored.start + start)
 
-    def release(self, stored: Stored) -> None:
-        """Give the file's pages back once WINDOW bytes were touched: the kernel keeps them cached, we do not."""
+    def release(self) -> None:
+        """Give the files' pages back once WINDOW bytes were touched: the kernel keeps them cached, we do not."""
         if self._touched >= WINDOW and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[stored.path].madvise(mmap.MADV_DONTNEED)
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 
     def _map(self, path: Path) -> mmap.mmap:
@@ -157,5 +165,5 @@ class FakeReader(Reader):
         """Bytes without values."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def release(self, stored: Stored) -> None:
+    def release(self) -> None:
         """Nothing is mapped."""

@@ -7,13 +7,11 @@ scale for each 32, many rows in bfloat16 where the processor has AMX. Elsewhere,
 the matrix for every product.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from satchel.model.encodings import ENCODINGS
-from satchel.model.packed import CHUNK, Packed
+from satchel.model.packed import Packed
 from satchel.native import linear as native
 
 # O outputs, I inputs, N rows of x, M blocks of a row, B bytes of a block, G groups of 16 rows, V vocabulary
@@ -37,19 +35,6 @@ def tile(raw_OB: Tensor, kind: str) -> Tensor:
     raw_GRMB = raw_OB.unflatten(0, (-1, ROWS)).unflatten(2, (-1, native.BLOCK[kind][1]))
     parts = raw_GRMB.transpose(1, 2).split(fields(kind), dim=3)
     return torch.cat([part.flatten(2) for part in parts], dim=2).flatten()
-
-
-def tiles_of(rows: Tensor, blocks: Callable[[Tensor], Tensor], kind: str = "Q8_0") -> Tensor:
-    """A matrix in tiles, some rows of it at a time; `blocks` makes rows of blocks of what `rows` holds."""
-    step = max(CHUNK // rows.shape[1] // ROWS, 1) * ROWS
-    some = tile(blocks(rows[:step]), kind)
-    group = some.numel() // -(-min(step, len(rows)) // ROWS)  # bytes
-    tiles = some.new_empty(-(-len(rows) // ROWS) * group)
-    tiles[: some.numel()] = some
-    for start in range(step, len(rows), step):
-        some = tile(blocks(rows[start : start + step]), kind)
-        tiles[start // ROWS * group :][: some.numel()] = some
-    return tiles
 
 
 def untile(tiles: Tensor, kind: str, inputs: int) -> Tensor:

@@ -12,6 +12,10 @@ namespace {
 
 enum Act : int32_t { kSilu, kGeluTanh };
 
+struct Columns {
+  Column left, right;
+};
+
 struct Layer {
   Matrix q, k, v, o, gate, up, down;
   const float *into_attention, *into_mlp;  // weights of the norms, [width]
@@ -34,6 +38,8 @@ struct Call {
 };
 
 constexpr int kAlone = 4;  // rows up to which every thread prepares all inputs for itself
+constexpr int kItems = 16;        // pairs of columns whose panels lie in the cache together, at most
+constexpr int kPanels = 1 << 19;  // bytes of these panels, unless one pair takes more
 
 // Hands out scratch memory; without a beginning it counts.
 struct Arena {
@@ -78,9 +84,11 @@ struct Work {
     inputs_size = 2 * padded * (tiles ? std::max(c.width, mixed) : widest);
     inputs = arena.take<uint8_t>(inputs_size * (alone ? threads : 1));
     inner = tiles ? arena.take<uint8_t>(2 * padded * c.hidden) : nullptr;
-    panels_size = tiles ? 2 * int64_t{widest} * kRows : 0;
+    panels_size = tiles ? std::max<int64_t>(kPanels / 2, 2 * int64_t{widest} * kRows) : 0;
     panels = arena.take<uint16_t>(panels_size * threads);
   }
+
+  static int items_at_once(int inputs) { return std::clamp(kPanels / (inputs * 4 * kRows), 1, kItems); }
 };
 
 inline void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
@@ -153,14 +161,14 @@ class Worker {
     const Input normed = inputs(c.width, [&](int r) { norm(r, l.into_mlp, l.eps); });
     const Input inner = input_in(w.inner, c.rows, c.hidden);
     const auto [first, last] = share(l.gate.groups(), me, w.team.size);
-    for (int g = first; g < last; ++g)
-      product({&l.gate, g}, {&l.up, g}, normed, panels(), [&](int r, Vector a, Vector b) {
-        const Vector value = activate(with_bias(a, l.gate, g), l.act) * with_bias(b, l.up, g);
-        if (w.tiles)
-          narrow16(value, reinterpret_cast<Half*>(inner.half(r) + g / 2 * kRows * kBlock + g % 2 * kRows));
-        else
-          narrow16(value, w.h + int64_t{r} * c.hidden + g * kRows);
-      });
+    const auto columns = [&](int g) { return Columns{{&l.gate, g}, {&l.up, g}}; };
+    products(first, last, normed, columns, [&](int g, int r, Vector a, Vector b) {
+      const Vector value = activate(with_bias(a, l.gate, g), l.act) * with_bias(b, l.up, g);
+      if (w.tiles)
+        narrow16(value, reinterpret_cast<Half*>(inner.half(r) + g / 2 * kRows * kBlock + g % 2 * kRows));
+      else
+        narrow16(value, w.h + int64_t{r} * c.hidden + g * kRows);
+    });
     w.team.meet();
     if (w.tiles) return add(l.down, inner);
     add(l.down, inputs(c.hidden, [&](int r) { std::memcpy(row.data(), w.h + int64_t{r} * c.hidden, c.hidden * 4); }));
@@ -194,12 +202,48 @@ class Worker {
   template <typename Take>
   void for_pairs(const Matrix& m, const Input& x, Take take) {
     const auto [first, last] = share((m.groups() + 1) / 2, me, w.team.size);
+    const auto columns = [&](int item) {
+      return Columns{{&m, 2 * item}, {&m, std::min(2 * item + 1, m.groups() - 1)}};
+    };
+    products(first, last, x, columns, [&](int item, int r, Vector a, Vector b) {
+      take(r, 2 * item, a);
+      if (2 * item + 1 < m.groups()) take(r, 2 * item + 1, b);
+    });
+  }
+
+  // take(item, row, a, b) with the products of all rows and two columns for each item of [first, last).
+  template <typename Both, typename Take>
+  void products(int first, int last, const Input& x, Both both, Take take) {
+    if (w.tiles) return by_panels(first, last, x, both, take);
     for (int item = first; item < last; ++item) {
-      const int left = 2 * item, right = std::min(left + 1, m.groups() - 1);
-      product({&m, left}, {&m, right}, x, panels(), [&](int r, Vector a, Vector b) {
-        take(r, left, a);
-        if (right != left) take(r, right, b);
-      });
+      const Columns columns = both(item);
+      some_rows(columns.left, columns.right, x, [&](int r, Vector a, Vector b) { take(item, r, a, b); });
+    }
+  }
+
+  // By tiles: panels of some items first, then 32 rows at a time with all of these, so that rows come from far once.
+  template <typename Both, typename Take>
+  void by_panels(int first, int last, const Input& x, Both both, Take take) {
+    alignas(64) float out[32 * 32];
+    const uint16_t *left[kItems], *right[kItems];
+    const int64_t size = int64_t{x.inputs} * kRows;
+    for (int start = first, count; start < last; start += count) {
+      count = std::min(last - start, w.items_at_once(x.inputs));
+      for (int i = 0; i < count; ++i) {
+        const Columns columns = both(start + i);
+        left[i] = panel(*columns.left.matrix, columns.left.group, panels() + 2 * i * size);
+        right[i] = panel(*columns.right.matrix, columns.right.group, panels() + (2 * i + 1) * size);
+      }
+      for (int row = 0; row < x.rows; row += 32)
+        for (int i = 0; i < count; ++i) {
+          const int rows = std::min(32, x.rows - row);
+          rows > kRows ? tile_product<true>(x.half(row), left[i], right[i], x.blocks(), out)
+                       : tile_product<false>(x.half(row), left[i], right[i], x.blocks(), out);
+          for (int r = 0; r < rows; ++r) {
+            const auto* values = reinterpret_cast<const Vector*>(out + 32 * r);
+            take(start + i, row + r, values[0], values[1]);
+          }
+        }
     }
   }
 

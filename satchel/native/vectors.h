@@ -4,12 +4,11 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cstdint>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "team.h"
 
 namespace {
 
@@ -53,23 +52,6 @@ inline float total(Vector x) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
-}
-
-// Calls piece(i) for i < count on up to `threads` threads, this one included.
-template <typename Piece>
-void each(int64_t count, int threads, Piece piece) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) piece(i);
-  };
-  std::vector<std::thread> others;
-  try {
-    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, count)) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // no more threads to be had: those that there are do all of it
-  }
-  work();
-  for (auto& other : others) other.join();
 }
 
 }  // namespace
