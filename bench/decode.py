@@ -4,7 +4,7 @@ SmolLM2-135M's own GGUF (Q4_1, its embeddings in Q8_0), and files of random Q4_0
 Every engine gets the same file, the same random prompts and as many threads, a process of its own for each
 measurement, and is measured in rounds of changing order:
 
-    load            seconds until the first token of the first answer was said, vocabulary and tokenizer included but for
+    load            seconds until the first token of the first answer was said; the tokenizer included, but for
                     transformers
     first token     milliseconds for a prompt of 128 tokens
     prefill N       prompt tokens a second, the first token of the answer included

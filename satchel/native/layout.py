@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def lay(kernel: ctypes.CDLL, raw_OB: Tensor, fields: list[int]) -> Tensor:
-    """Rows of blocks, contiguous uint8, in tiles; `fields`: bytes of each field of a block, 2 or 4, those of 2 first."""
+    """Rows of blocks, contiguous uint8, in tiles; `fields` of a block: 2 bytes each, then 4 bytes each."""
     assert fields == sorted(fields) and set(fields) <= {2, 4}
     tiles = raw_OB.new_empty(-(-len(raw_OB) // ROWS) * ROWS * raw_OB.shape[1])
     sizes = len(raw_OB), raw_OB.shape[1] // sum(fields), sum(fields), fields.count(2)
