@@ -12,15 +12,14 @@ answers, stands beside them. What does not pay is reported too.
 from __future__ import annotations
 
 import argparse
-import tempfile
+from pathlib import Path
 from typing import Any
 
-from bench._harness import interleave, measure, median, write
+from bench._harness import add_work, interleave, median, once, workplace, write
 
 WAYS = {
     "plain": "plain",
     "lookup": "lookup",
-    "draft, 2": "draft:model={small},tokens=2",
     "draft, 4": "draft:model={small},tokens=4",
     "draft, 8": "draft:model={small},tokens=8",
     "SpecDec++": "specdecpp:model={small},threshold=0.5",
@@ -31,7 +30,7 @@ WAYS = {
 SKIPS = {"FFN-SkipLLM": "ffn_skip", "FFN-SkipLLM, whatever the harm": "ffn_skip:harm=100"}  # change answers
 DRAWN = {"RSD-S, 8, own noise": "rsd:model={small},width=2,depth=4,rule=noise"}  # greedily no other way
 PROMPTS = ("edit", "question", "reference")
-TOKENS = 64  # of an answer
+TOKENS = 40  # of an answer
 REPETITIONS = 3
 
 
@@ -39,15 +38,17 @@ def main() -> None:
     """Make the small model, run everything, and write bench/results/speculate.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of few tokens, written nowhere")
-    quick = parser.parse_args().quick
-    with tempfile.TemporaryDirectory() as home:
-        sizes = {"layers": 4, "texts": 16, "steps": 2} if quick else {"layers": 4, "texts": 256, "steps": 300}
-        small = measure("bench._speculate_draft", sizes | {"folder": f"{home}/small"}, timeout_s=3600)
+    add_work(parser)
+    asked = parser.parse_args()
+    with workplace(None if asked.quick else asked.work) as home:
+        sizes = {"layers": 4, "texts": 16, "steps": 2} if asked.quick else {"layers": 4, "texts": 192, "steps": 200}
+        folder = str(home / "small")
+        small = once(home, "bench._speculate_draft", sizes, timeout_s=3600, folder=folder)
         print(small, flush=True)
-        table = compare(f"{home}/small", quick)
+        table = compare(home, folder, asked.quick)
     for row in table:
         print(row)
-    if not quick:
+    if not asked.quick:
         write("speculate", "Guessing ahead: SmolLM2-135M, four prompts of each kind", table, small=small)
 
 
@@ -70,11 +71,12 @@ def cases(small: str, quick: bool) -> list[dict[str, Any]]:
     return [case | {"decoding": case["decoding"].format(small=small)} for case in found]
 
 
-def compare(small: str, quick: bool) -> list[dict[str, Any]]:
+def compare(home: Path, small: str, quick: bool) -> list[dict[str, Any]]:
     """A row for each kind and way, medians over the rounds."""
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for case in interleave(cases(small, quick), 1 if quick else REPETITIONS):
-        found = measure("bench._speculate_run", case)
+    every = cases(small, quick)
+    for number, case in enumerate(interleave(every, 1 if quick else REPETITIONS)):
+        found = once(home, "bench._speculate_run", case, number=number // len(every))
         for number, kind in enumerate(case["kinds"]):
             one = found["runs"][number] if "runs" in found else found
             print(case["way"], kind["prompts"], {k: v for k, v in one.items() if k != "said"}, flush=True)

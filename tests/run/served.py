@@ -1,6 +1,6 @@
 """A real engine in a process of its own, whose torch allocates from the page pool; prints what it held.
 
-python -m tests.run.served FORMAT ...      `draft` is no format but a second model that guesses ahead
+python -m tests.run.served FORMAT ...      `draft` and `rsd` are no formats but a second model that guesses ahead
 """
 
 import gc
@@ -63,5 +63,6 @@ def peaks(storage: str, decoding: str = "plain") -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
-        drafted = ("none", f"draft:model={small_model(home)}")
-        print(json.dumps({name: peaks(*(drafted if name == "draft" else (name,))) for name in sys.argv[1:]}))
+        small = small_model(home)
+        ahead = {name: ("none", f"{name}:model={small}") for name in ("draft", "rsd")}
+        print(json.dumps({name: peaks(*ahead.get(name, (name,))) for name in sys.argv[1:]}))
