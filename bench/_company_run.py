@@ -18,6 +18,7 @@ from torch import Tensor
 import satchel
 from bench._serve_run import prompts
 from satchel.core.book import make
+from satchel.core.serve_seams import Draft
 from satchel.model.decoder import Decoder
 from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
 from satchel.model.load import load
@@ -60,7 +61,7 @@ def _group(model: Decoder, texts: Sequence[Sequence[int]], part: int) -> Tensor:
     pieces = []
     for past in range(0, length, step):
         parts = [
-            Part(text[past : past + step], [], list(table), past, number * min(step, length - past))
+            Part(text[past : past + step], Draft(), list(table), past, number * min(step, length - past))
             for number, (text, table) in enumerate(zip(texts, tables, strict=True))
         ]
         rows = sum(one.fed for one in parts)

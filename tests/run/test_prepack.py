@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from satchel.core.request import Request
+from satchel.core.serve_seams import Draft
 from satchel.model.forward import Part, hidden, logits, padded
 from satchel.model.paged import PAGE, Pool
 from satchel.run.engine import Engine
@@ -33,7 +34,7 @@ def pack(model, mine, pool):
     tables, parts, free, first = [], [], iter(range(pool.blocks)), 0
     for prompt in mine:
         tables.append([next(free) for _ in range(-(-len(prompt) // PAGE))])
-        parts.append(Part(prompt, (), tables[-1], 0, first))
+        parts.append(Part(prompt, Draft(), tables[-1], 0, first))
         first += len(prompt)
     return hidden(model, pool.pages, parts), parts, tables
 
