@@ -56,7 +56,7 @@ class _Speaker:
             source = find_source(model)
             self.tokenizer = load_tokenizer(source)
             device = resolve(device)
-            format = make("format", storage("auto", source, device))
+            format = make("format", storage("auto", source, device, dtype))
             self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, device, format, frozen=True)
             if adapter:
                 load_peft(self.model, adapter)

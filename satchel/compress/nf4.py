@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from satchel.core.seams import Card, WeightFormat
+from satchel.compress._shared import Inner
+from satchel.core.seams import Card
 from satchel.model.packed import Packed, require_groups, row_chunks
 
 # O outputs, I inputs, J half of the inputs, M blocks of a row, K blocks of the matrix, Z blocks of blocks
@@ -117,7 +118,7 @@ def dynamic_code() -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nf4(WeightFormat):
+class Nf4(Inner):
     """Four-bit NormalFloat: see the file's docstring."""
 
     card = Card(
@@ -139,5 +140,5 @@ class Nf4(WeightFormat):
 
     def pack(self, weight_OI: Tensor) -> nn.Module:
         """An `Nf4Linear`. Raises ModelError if the blocks do not fill a row."""
-        require_groups(self.name, weight_OI, self.block)
+        require_groups(self.name, weight_OI.shape, self.block)
         return Nf4Linear(weight_OI, self.block, self.double)

@@ -68,7 +68,6 @@ class WeightFormat(Method):
     """How the matrix of a frozen linear map is stored."""
 
     slot = "format"
-    outer: ClassVar[bool] = False  # packs embeddings and head as well, where nothing trains
     keeps: ClassVar[bool] = False  # takes matrices that a file holds in blocks as they are
 
     @abstractmethod
@@ -78,12 +77,16 @@ class WeightFormat(Method):
         Its storage lies in buffers, so that `.to(device)`, state dicts and the rehearsal see it.
         """
 
+    def pack_outer(self, weight_VD: Tensor) -> nn.Module | None:
+        """`pack` for the matrix of embeddings or head, where nothing trains; None: it stays as it is."""
+        return None
+
     def keep(self, raw_OB: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> nn.Module:
         """`pack` for a matrix in blocks of a kind, rows of bytes; for a format that `keeps` them."""
         raise NotImplementedError
 
     def embed(self, packed: nn.Module) -> nn.Module:
-        """The embeddings whose matrix was packed; for a format that is `outer`."""
+        """The embeddings whose matrix `pack_outer` has packed."""
         raise NotImplementedError
 
 

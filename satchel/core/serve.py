@@ -32,7 +32,7 @@ class ServeJob:
     device: str = "auto"  # auto, cpu or cuda
     memory: str = "auto"  # what the process may use, such as 1GiB; auto: what the machine has free now
     dtype: str = "bf16"  # of the weights, and of keys and values: bf16 or fp32
-    format: str = "auto"  # storage of the weights, such as int8, int4:group=64; auto: a GGUF file's own blocks on a CPU
+    format: str = "auto"  # storage of the weights, such as int8, int4:group=64; auto: on a CPU the file's own bits
     context: int = 0  # longest prompt and answer together, tokens; 0: what the model was made for
     batch: int = 32  # answers that grow at once, at most
     step_tokens: int = 512  # tokens that a step sees at most: long prompts are cut into parts of this

@@ -1,6 +1,6 @@
 """Matrices from rows of blocks, as a file holds them, to tiles: at load, in one pass by native/layout.cpp.
 
-Blocks of other kinds become Q8_0 on the way, and so do plain numbers: scale = max |W| / 127 of each 32. Without a
+Blocks of other kinds become Q8_0 on the way, and so may plain numbers: scale = max |W| / 127 of each 32. Without a
 compiler torch does the same, some rows at a time.
 """
 
@@ -9,19 +9,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from satchel.model.blocks import decode, encode_q8
 from satchel.model.encodings import ENCODINGS, PLAIN
 from satchel.model.packed import CHUNK
-from satchel.model.tiles import ROWS, decode, encode_q8, fields, tile
+from satchel.model.tiling import ROWS, fields, tile
 from satchel.native import layout as native
-from satchel.native.linear import BLOCK
+from satchel.native.linear import form
 
 # O outputs, I inputs, B bytes of a row
 
+Lay = Callable[[Tensor, str], Tensor]
 PLAIN_NAMES = {dtype: name for name, dtype in PLAIN.items()}
 
 
 def tiles_of(raw_OB: Tensor, kind: str) -> Tensor:
-    """Rows of blocks of one of KINDS, contiguous uint8, as tiles of it: uint8, flat."""
+    """Rows of blocks of a kind of native/linear.py, contiguous uint8, as tiles of it: uint8, flat."""
     return torch.ops.satchel.tiles(raw_OB, kind)
 
 
@@ -35,27 +37,27 @@ def tiles_of_numbers(weight_OI: Tensor) -> Tensor:
     return tiles_q8(weight_OI.contiguous().view(torch.uint8), PLAIN_NAMES[weight_OI.dtype])
 
 
-def _chunked(raw_OB: Tensor, blocks: Callable[[Tensor], Tensor], kind: str) -> Tensor:
-    """Rows as tiles; `blocks` makes blocks of `kind` of some of them at a time."""
-    step = max(CHUNK // raw_OB.shape[1] // ROWS, 1) * ROWS
-    some = tile(blocks(raw_OB[:step]), kind)
-    group = some.numel() // -(-min(step, len(raw_OB)) // ROWS)  # bytes
-    tiles = some.new_empty(-(-len(raw_OB) // ROWS) * group)
+def tiles_made(rows: Tensor, blocks: Callable[[Tensor], Tensor], kind: str, lay: Lay = tiles_of) -> Tensor:
+    """A matrix as tiles of a kind; of some rows at a time `blocks` makes rows of blocks, and `lay` tiles of these."""
+    step = max(CHUNK // rows.shape[1] // ROWS, 1) * ROWS
+    some = lay(blocks(rows[:step]), kind)
+    group = some.numel() // -(-min(step, len(rows)) // ROWS)  # bytes
+    tiles = some.new_empty(-(-len(rows) // ROWS) * group)
     tiles[: some.numel()] = some
-    for start in range(step, len(raw_OB), step):
-        some = tile(blocks(raw_OB[start : start + step]), kind)
+    for start in range(step, len(rows), step):
+        some = lay(blocks(rows[start : start + step]), kind)
         tiles[start // ROWS * group :][: some.numel()] = some
     return tiles
 
 
 def tiles_in_torch(raw_OB: Tensor, kind: str) -> Tensor:
     """`tiles_of` without the kernel."""
-    return _chunked(raw_OB, lambda some_OB: some_OB, kind)
+    return tiles_made(raw_OB, lambda some_OB: some_OB, kind, tile)
 
 
 def tiles_q8_in_torch(raw_OB: Tensor, kind: str) -> Tensor:
     """`tiles_q8` without the kernel."""
-    return _chunked(raw_OB, lambda some_OB: encode_q8(decode(some_OB, kind)), "Q8_0")
+    return tiles_made(raw_OB, lambda some_OB: encode_q8(decode(some_OB, kind)), "Q8_0", tile)
 
 
 torch.library.define("satchel::tiles", "(Tensor raw, str kind) -> Tensor")
@@ -84,8 +86,8 @@ def _tiles_fake(raw_OB: Tensor, kind: str) -> Tensor:
 @torch.library.register_fake("satchel::tiles_q8")
 def _tiles_q8_fake(raw_OB: Tensor, kind: str) -> Tensor:
     inputs = raw_OB.shape[1] // ENCODINGS[kind].nbytes * ENCODINGS[kind].values
-    each, nbytes = BLOCK["Q8_0"]
-    return raw_OB.new_empty(_filled(raw_OB) * inputs // each * nbytes)
+    block = form("Q8_0")
+    return raw_OB.new_empty(_filled(raw_OB) * inputs // block.inputs * block.nbytes)
 
 
 def _filled(raw_OB: Tensor) -> int:

@@ -60,7 +60,7 @@ def fill(
 ) -> Decoder:
     """Give a decoder that was made on `meta` its parameters, one by one; with a FakeReader, a rehearsal of that."""
     packed = {f"model.layers.{path}" for path in linears(decoder.layers)} if format else set()
-    outer = {EMBEDDINGS, HEAD} if format and frozen and format.outer else set()
+    outer = {EMBEDDINGS, HEAD} if format and frozen else set()
     for path in [path for path, _ in decoder.named_modules()]:
         module = decoder.get_submodule(path)
         if path == HEAD and decoder.config.tied:
@@ -91,7 +91,7 @@ def _packed(
     reader: Reader,
     device: torch.device | str,
 ) -> nn.Module:
-    """What stands for a linear map or the embeddings in this format."""
+    """What stands for a linear map or the embeddings in this format; the module itself where that stays."""
     weight = module.get_parameter("weight")
     blocks = reader.blocks(parts[f"{path}.weight"], weight.shape) if format.keeps else None
     if blocks:
@@ -99,7 +99,10 @@ def _packed(
         _read(module, path, parts, reader, device, but="weight")
     else:
         _read(module, path, parts, reader, device)
-        packed = format.pack(module.get_parameter("weight").detach())
+        pack = format.pack_outer if path in (EMBEDDINGS, HEAD) else format.pack
+        packed = pack(module.get_parameter("weight").detach())
+    if packed is None:
+        return module
     bias_O = getattr(module, "bias", None)
     if bias_O is not None:
         packed.bias = bias_O.detach()

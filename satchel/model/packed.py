@@ -47,10 +47,14 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O] in x's dtype."""
-        return apply(_Multiply, x, self.bias, self) if torch.is_grad_enabled() else self.multiply(x, self.bias)
+        return apply(_Multiply, x, self.bias, self) if torch.is_grad_enabled() else self.infer(x, self.bias)
+
+    def infer(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """What `forward` computes where there are no gradients."""
+        return self.multiply(x, bias_O)
 
     def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
-        """What `forward` computes."""
+        """What it computes where there are."""
         return functional.linear(x, self.dense(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
     def extra_repr(self) -> str:
@@ -78,9 +82,9 @@ def row_chunks(weight_OI: Tensor) -> list[slice]:
     return [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
 
 
-def require_groups(name: str, weight_OI: Tensor, size: int) -> None:
-    """Raise ModelError unless the groups of `size` fill each row."""
-    outputs, inputs = weight_OI.shape
+def require_groups(name: str, shape: Sequence[int], size: int) -> None:
+    """Raise ModelError unless the groups of `size` fill each row of a matrix [O, I]."""
+    outputs, inputs = shape
     if inputs % size:
         fit = [str(g) for g in range(16, min(inputs, 512) + 1, 2) if inputs % g == 0]
         cure = f"{', '.join(fit)} would" if fit else "no group would: leave this map out, or take int8"

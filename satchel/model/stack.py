@@ -41,6 +41,7 @@ class Stack:
     def __init__(self, decoder: "Decoder", kernel: native.Kernel) -> None:
         self.config, self.kernel = decoder.config, kernel
         self.blocks: list[Any] = list(decoder.layers)
+        self.bf16 = next(maps(self.blocks[0])).kind == "BF16"  # of all
         self.ropes: list[Rope] = list({b.self_attn.rope: None for b in self.blocks if b.self_attn.rope})
         links = [link for block in self.blocks for link in _links(block)]
         self._holders, self._names, self._things = map(tuple, zip(*links, strict=True))
@@ -93,6 +94,7 @@ class Stack:
             half=half,
             sequences=row.bounds_4S.shape[1],
             threads=torch.get_num_threads(),
+            bf16=self.bf16,
         )
 
     def _described(self) -> Any:
@@ -116,24 +118,32 @@ class Stack:
         )
 
     def _matrix(self, m: Any) -> native.Matrix:
-        kind = native.linear.KINDS.index(m.kind)
-        return native.Matrix(m.tiles.data_ptr(), self._float(m.bias), kind, m.out_features, m.in_features)
+        return native.linear.matrix(m.tiles, self._kept_float(m.bias), m.kind, m.out_features, m.in_features)
 
     def _float(self, vector: Tensor | None) -> int | None:
         """Where a copy in float32 lies."""
+        kept = self._kept_float(vector)
+        return None if kept is None else kept.data_ptr()
+
+    def _kept_float(self, vector: Tensor | None) -> Tensor | None:
         if vector is None:
             return None
         self._kept.append(vector.float().contiguous())
-        return self._kept[-1].data_ptr()
+        return self._kept[-1]
 
 
 def stack_of(decoder: "Decoder") -> Stack | None:
     """The decoder's blocks as one operator; None where they are not of the kind, or there is no compiler."""
     if not decoder.layers or not all(map(_fits, decoder.layers)):
         return None
-    (level, *others) = {plain(m).level for b in decoder.layers for m in map(b.get_submodule, PATHS)}
-    kernel = None if others else native.kernel(level)
+    (ways, *others) = {(m.level, m.kind == "BF16") for b in decoder.layers for m in maps(b)}
+    kernel = None if others else native.kernel(ways[0])
     return Stack(decoder, kernel) if kernel else None
+
+
+def maps(block: nn.Module) -> Iterator[Any]:
+    """The maps of a block, those below a bank."""
+    return (plain(block.get_submodule(path)) for path in PATHS)
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -163,12 +173,12 @@ def _fits(block: nn.Module) -> bool:
     if not all(norm is None or isinstance(norm, RMSNorm) for norm in norms):
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-    return not hooked and all(_tiled(plain(block.get_submodule(path))) for path in PATHS)
+    return not hooked and all(map(_tiled, maps(block)))
 
 
 def _tiled(m: nn.Module) -> bool:
     whole = isinstance(m, TiledLinear) and m.out_features % ROWS == 0 and m.in_features % 32 == 0
-    return whole and m.kind != "BF16" and m.tiles.device.type == "cpu"
+    return whole and m.tiles.device.type == "cpu"
 
 
 def _links(block: nn.Module) -> Iterator[tuple[dict, str, object]]:

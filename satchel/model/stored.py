@@ -81,22 +81,27 @@ class Reader:
             self._fill(stored, out if part.into is None else part.into(out), part.first, part.shift)
 
     def blocks(self, part: Part, shape: Sequence[int]) -> tuple[Tensor, str] | None:
-        """A matrix as its file holds it: bytes of each row, [O, B], and their kind. None where these are no blocks.
+        """A matrix as its file holds it: bytes of each row, [O, B], and their kind.
+
+        None where these are neither blocks nor bfloat16.
 
         The bytes are those of the file itself, mapped, unless the rows are in another order there.
         """
         stored = self.tensors.get(part.stored)
-        if stored is None or stored.encoding.values == 1 or part.make is not None or part.shift:
+        if stored is None or part.make is not None or part.shift:
+            return None
+        plain = stored.encoding.values == 1
+        if plain and stored.dtype != "BF16":
             return None
         values, nbytes = stored.encoding.values, stored.encoding.nbytes
         self.release()
-        raw_OB = self.raw(stored, part.first // values * nbytes, math.prod(shape) // values * nbytes).view(shape[0], -1)
-        if part.into is None:
-            return raw_OB, stored.dtype
-        ordered_OB = torch.empty_like(raw_OB)
-        view = part.into(ordered_OB)
-        view.copy_(raw_OB.view(view.shape))
-        return ordered_OB, stored.dtype
+        raw = self.raw(stored, part.first // values * nbytes, math.prod(shape) // values * nbytes)
+        rows = (raw.view(torch.bfloat16) if plain else raw).view(shape[0], -1)
+        if part.into is not None:
+            found, rows = rows, torch.empty_like(rows)
+            view = part.into(rows)
+            view.copy_(found.view(view.shape))
+        return rows.view(torch.uint8), stored.dtype
 
     def _fill(self, stored: Stored, view: Tensor, first: int, shift: float) -> None:
         for piece, index in self.pieces(view, first):

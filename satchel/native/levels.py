@@ -20,6 +20,7 @@ FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
 }
+MORE = {"avx512": {"avx512_bf16": "-mavx512bf16"}}  # what only some processors of a level have
 LEVELS = tuple(NEEDS)  # the fastest first
 
 
@@ -32,7 +33,8 @@ def supported() -> tuple[str, ...]:
 
 def flags(level: str) -> tuple[str, ...]:
     """The compiler's flags for a level."""
-    return (*SOUND, "-ffp-contract=fast", *FLAGS[level])  # fused multiply-add is welcome
+    more = [flag for feature, flag in MORE.get(level, {}).items() if feature in _features()]
+    return (*SOUND, "-ffp-contract=fast", *FLAGS[level], *more)  # fused multiply-add is welcome
 
 
 def _features() -> frozenset[str]:

@@ -1,4 +1,4 @@
-// y = x W^T + b for a matrix in blocks, rows of such a matrix as numbers, and what the processor may use of this file.
+// y = x W^T + b for a matrix in tiles, such a matrix or some rows of it as numbers, and what the processor may use.
 
 #include "product.h"
 #include "team.h"
@@ -28,7 +28,7 @@ void put(Vector value, const Matrix& m, int group, T* row) {
 template <typename T>
 void linear(const Call& c) {
   const Matrix& m = c.matrix;
-  const bool tiles = by_tiles(c.rows), as_half = as_halves(c.rows, m.kind);
+  const bool bf16 = m.kind == kBF16, tiles = by_tiles(c.rows, bf16), as_half = as_halves(c.rows, bf16);
   const Input x = input_in(c.room, c.rows, m.inputs);
   const int items = (m.groups() + 1) / 2;
   const int64_t cost = int64_t{c.rows} * m.inputs * m.outputs;
@@ -41,7 +41,7 @@ void linear(const Call& c) {
       prepare(wide.data(), x, row, as_half);
     }
     team.meet();
-    const Tiles configured(tiles);
+    const Tiles configured(tiles, c.rows);
     std::vector<uint16_t> panels(tiles ? 2 * int64_t{m.inputs} * kRows : 0);
     const auto [from, to] = share(items, me, team.size);
     for (int item = from; item < to; ++item) {
@@ -67,6 +67,30 @@ void rows_of(const Matrix& m, const int64_t* at, int64_t count, void* out) {
   }
 }
 
+// The numbers of a group as rows of `to`: 32 inputs at a time, which are then turned round.
+template <typename T>
+void dense_group(const Matrix& m, int group, T* to) {
+  T block[kBlock][kRows];
+  const int rows = std::min(kRows, m.outputs - group * kRows);
+  int filled = 0;
+  numbers_of(m, group, [&](int input, Vector a, Vector b) {
+    narrow16(a, block[input % kBlock]);
+    narrow16(b, block[input % kBlock + 1]);
+    if ((filled += 2) % kBlock) return;
+    for (int r = 0; r < rows; ++r) {
+      T* row = to + int64_t{r} * m.inputs + input / kBlock * kBlock;
+      for (int i = 0; i < kBlock; ++i) row[i] = block[i][r];
+    }
+  });
+}
+
+template <typename T>
+void dense(const Matrix& m, void* out, int threads) {
+  each(m.groups(), int64_t{m.inputs} * m.outputs < kWorthThreads ? 1 : threads, [&](int64_t group) {
+    dense_group(m, static_cast<int>(group), static_cast<T*>(out) + group * kRows * m.inputs);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -77,6 +101,10 @@ void satchel_linear(const Call* call, int bfloat16) {
 
 void satchel_rows(const Matrix* matrix, const int64_t* at, int64_t count, void* out, int bfloat16) {
   bfloat16 ? rows_of<Half>(*matrix, at, count, out) : rows_of<float>(*matrix, at, count, out);
+}
+
+void satchel_dense(const Matrix* matrix, void* out, int bfloat16, int threads) {
+  bfloat16 ? dense<Half>(*matrix, out, threads) : dense<float>(*matrix, out, threads);
 }
 
 int satchel_many(void) { return may_use_tiles() ? kMany : 0; }

@@ -1,20 +1,20 @@
 // Products of rows of inputs with matrices, 32 outputs at a time: few rows by dot products, many by AMX.
 //
-// A row's result depends neither on the other rows nor on the number of threads; only on whether all of them were many.
+// A row's result depends neither on the other rows nor on the number of threads; only on whether all of them were many,
+// and with a matrix in bfloat16 not even on that.
 
 #pragma once
 
 #include "matrix.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
-#define SATCHEL_AMX 1
+#if defined(SATCHEL_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace {
 
-constexpr int kMany = 32;  // rows from which unpacking the weights for AMX pays
+constexpr int kMany = 32;  // rows from which unpacking the weights for AMX pays; those in bfloat16 need none
 
 #if defined(SATCHEL_AMX)
 
@@ -25,14 +25,14 @@ inline bool may_use_tiles() {
   return may;
 }
 
-// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives.
+// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives; those of inputs as many as there are.
 class Tiles {
  public:
-  explicit Tiles(bool used) : used_(used) {
+  Tiles(bool used, int rows) : used_(used) {
     if (!used) return;
     Layout layout = {};
     layout.palette = 1;
-    for (int i = 0; i < 8; ++i) layout.bytes[i] = 64, layout.rows[i] = 16;
+    for (int i = 0; i < 8; ++i) layout.bytes[i] = 64, layout.rows[i] = i < 6 ? static_cast<uint8_t>(std::min(rows, kRows)) : kRows;
     asm volatile("" : : "r"(&layout) : "memory");  // gcc <= 12 drops the stores above: ggml-org/llama.cpp#20824
     _tile_loadconfig(&layout);
   }
@@ -84,16 +84,16 @@ void tile_product(const uint16_t* x, const uint16_t* a, const uint16_t* b, int b
 
 inline bool may_use_tiles() { return false; }
 struct Tiles {
-  explicit Tiles(bool) {}
+  Tiles(bool, int) {}
 };
 template <bool Two>
 void tile_product(const uint16_t*, const uint16_t*, const uint16_t*, int, float*) {}
 
 #endif
 
-// How rows are brought to matrices of a kind.
-inline bool by_tiles(int rows) { return rows >= kMany && may_use_tiles(); }
-inline bool as_halves(int rows, int32_t kind) { return kind == kBF16 || by_tiles(rows); }
+// How rows are brought to matrices, those in bfloat16 and all others.
+inline bool by_tiles(int rows, bool bf16) { return (bf16 || rows >= kMany) && may_use_tiles(); }
+inline bool as_halves(int rows, bool bf16) { return bf16 || by_tiles(rows, bf16); }
 
 inline void prepare(const float* from, const Input& x, int row, bool as_halves) {
   as_halves ? narrow_row(from, x, row) : encode(from, x, row);
@@ -135,7 +135,7 @@ void some_rows(Column left, Column right, const Input& x, Take take) {
 
 template <typename Take>
 void product(Column left, Column right, const Input& x, uint16_t* room, Take take) {
-  by_tiles(x.rows) ? many_rows(left, right, x, room, take) : some_rows(left, right, x, take);
+  by_tiles(x.rows, left.matrix->kind == kBF16) ? many_rows(left, right, x, room, take) : some_rows(left, right, x, take);
 }
 
 // Where the inputs of a call lie in scratch memory: see `room` in linear.py.

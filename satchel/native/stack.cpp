@@ -35,6 +35,7 @@ struct Call {
   const int64_t *limit, *seen, *position;       // these too
   int64_t page_stride, half_stride;
   int32_t count, rows, width, hidden, heads, kv_heads, dim, half, sequences, threads;
+  int32_t bf16;  // whether the matrices are in bfloat16, all of them
 };
 
 constexpr int kAlone = 4;  // rows up to which every thread prepares all inputs for itself
@@ -57,7 +58,7 @@ struct Arena {
 template <typename T>
 struct Work {
   const Call& c;
-  bool tiles, alone;
+  bool tiles, as_half, alone;
   int threads, qkv, mixed, widest;
   float *x, *h;             // the stream [rows, width], the feed-forward's inner values [rows, hidden]
   T *heads, *seen;          // queries, keys and values [rows, qkv]; what attention found [rows, mixed]
@@ -70,7 +71,8 @@ struct Work {
   std::atomic<int> next{0};
 
   explicit Work(const Call& call) : c(call), arena{call.room} {
-    tiles = by_tiles(c.rows);
+    tiles = by_tiles(c.rows, c.bf16);
+    as_half = as_halves(c.rows, c.bf16);
     alone = c.rows <= kAlone;
     threads = c.threads;
     mixed = c.heads * c.dim;
@@ -120,7 +122,7 @@ class Worker {
   Worker(Work<T>& work, int me) : w(work), c(work.c), me(me), row(work.widest) {}
 
   void run() {
-    const Tiles configured(w.tiles);
+    const Tiles configured(w.tiles, c.rows);
     const auto [first, last] = share(c.rows, me, w.team.size);
     for (int64_t i = int64_t{first} * c.width; i < int64_t{last} * c.width; ++i)
       w.x[i] = widen(static_cast<const T*>(c.x)[i]);
@@ -185,7 +187,7 @@ class Worker {
     const auto [first, last] = w.alone ? std::pair{0, c.rows} : share(c.rows, me, w.team.size);
     for (int r = first; r < last; ++r) {
       make(r);
-      prepare(row.data(), x, r, w.tiles);
+      prepare(row.data(), x, r, w.as_half);
     }
     if (!w.alone) w.team.meet();
     return x;

@@ -5,16 +5,24 @@ import torch
 from torch import nn
 
 from satchel.adapt.lora import Lora
-from satchel.compress.int4 import Int4
-from satchel.compress.int8 import Int8
+from satchel.compress.int4 import Int4, Int4Linear
+from satchel.compress.int8 import Int8, Int8Linear
 from satchel.compress.nf4 import Nf4
 from satchel.core.errors import ModelError
 from satchel.model.adapters import adapter_parameters, attach, detach
 from satchel.model.linear import dense_OI, linears, swap
+from satchel.model.load import load
+from satchel.model.tiles import TiledLinear
+from satchel.native import linear as native
 from tests.adapt.toys import Toy
-from tests.tolerances import TOLERANCE
+from tests.model.blocky import blocky
+from tests.tolerances import EIGHT_BITS, TOLERANCE, same
 
-FORMATS = [Int8(), Int8(group=32), Nf4(), Nf4(double=False), Int4(), Int4(group=32, symmetric=True)]
+needs_compiler = pytest.mark.skipif(native.kernel() is None, reason="no C++ compiler")
+
+TILED = [Int8(), Int8(group=32), Int4(), Int4(group=32, symmetric=True)]  # on a CPU with a compiler
+IN_TORCH = [Int8(group=16), Nf4(), Nf4(double=False), Int4(group=16), Int4(group=16, symmetric=True)]
+FORMATS = TILED + IN_TORCH
 every_format = pytest.mark.parametrize("method", FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -53,6 +61,7 @@ def test_packing_is_the_same_in_chunks_as_at_once(method, monkeypatch):
     whole = method.pack(weight())
     matrix = whole.dense()
     monkeypatch.setattr("satchel.model.packed.CHUNK", 7 * 128)
+    monkeypatch.setattr("satchel.model.layout.CHUNK", 7 * 128)
     parts = method.pack(weight())
     assert torch.equal(parts.dense(), matrix)
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), parts.buffers(), strict=True))
@@ -127,3 +136,49 @@ def test_error_is_within_half_a_step(method, dtype):
     worst = (method.pack(matrix).dense(torch.float32) - matrix.float()).abs().max()
     step = {"int8": 2 / 254, "int4": 2 / 14, "nf4": 0.31}[method.name] * matrix.abs().max().float()
     assert worst <= step / 2 * (1 + TOLERANCE[torch.bfloat16])
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("method", TILED, ids=str)
+def test_answers_are_products_of_the_codes_themselves(method, rows):
+    packed, x = method.pack(weight()), torch.randn(rows, 128)
+    packed.bias = torch.randn(96)
+    with torch.no_grad():
+        ours, theirs = packed(x), nn.functional.linear(x, packed.dense(), packed.bias)
+    assert isinstance(packed, TiledLinear)
+    assert (
+        0 < (ours - theirs).norm() <= EIGHT_BITS * theirs.norm()
+    )  # inputs of 8 bits, or of bfloat16 where there is AMX
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", TILED, ids=str)
+def test_tiles_hold_the_numbers_that_torch_packs_in_as_many_bytes(method, monkeypatch):
+    ours = method.pack(weight())
+    monkeypatch.setattr(native, "kernel", lambda level="auto": None)
+    theirs = method.pack(weight())
+    assert isinstance(ours, TiledLinear) and isinstance(theirs, Int8Linear | Int4Linear)
+    assert torch.equal(ours.dense(), theirs.dense())
+    assert sum(b.nbytes for b in ours.buffers()) == sum(b.nbytes for b in theirs.buffers())
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", [Int8(), Int8(group=50), Int4(group=10)], ids=str)
+def test_rows_that_blocks_of_32_do_not_fill_are_packed_for_torch(method):
+    packed, x = method.pack(weight(8, 100)), torch.randn(3, 100)
+    with torch.no_grad():
+        assert same(packed(x), x @ packed.dense().T)
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", [*TILED, Nf4()], ids=str)
+def test_embeddings_and_head_keep_their_numbers_in_tiles_where_nothing_trains(method, tmp_path):
+    source = blocky(tmp_path, ("BF16",))
+    plain, packed = load(source), load(source, format=method, frozen=True)
+    tokens_BT = torch.randint(0, 203, (1, 9))
+    assert isinstance(packed.lm_head, TiledLinear) and packed.lm_head.tiles is packed.model.embed_tokens.tiles
+    assert torch.equal(packed.model.embed_tokens(tokens_BT), plain.model.embed_tokens(tokens_BT))
+    assert torch.equal(packed.lm_head.dense(), plain.lm_head.weight)
+    assert isinstance(load(source, format=method).lm_head, nn.Linear)
+    assert isinstance(load(source, torch.float32, format=method, frozen=True).lm_head, nn.Linear)

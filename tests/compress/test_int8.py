@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from satchel.compress.int8 import Int8
+from satchel.compress.int8 import Int8, Int8Linear
 from satchel.core.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_each_row_is_exact_at_its_largest_weight_and_finer_than_the_matrix():
 
 
 def test_scales_are_rounded_up_so_that_no_weight_is_clipped():
-    packed = Int8().pack(torch.randn(512, 64))
+    packed = Int8Linear(torch.randn(512, 64), 64)
     assert packed.q_OI.abs().max() == 127 or packed.q_OI.abs().max() == 126
     assert packed.q_OI.min() >= -127
 

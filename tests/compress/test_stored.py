@@ -6,13 +6,17 @@ import sys
 import pytest
 import torch
 
+from satchel.adapt.lora import Lora
 from satchel.compress.stored import Stored
+from satchel.core.book import make
 from satchel.core.errors import UserError
 from satchel.core.request import Request, Sampling
 from satchel.core.serve import ServeJob
-from satchel.model.linear import dense_OI
+from satchel.model.adapters import adapter_parameters, attach
+from satchel.model.linear import dense_OI, linears
 from satchel.model.load import load
-from satchel.model.tiles import TiledEmbedding, TiledLinear, tiled_rows_in_torch
+from satchel.model.tiles import TiledEmbedding, TiledLinear
+from satchel.model.tiling import tiled_rows_in_torch
 from satchel.native import linear as native
 from satchel.native.build import build
 from satchel.run.capacity import rehearse_engine
@@ -20,7 +24,7 @@ from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from satchel.run.serve import storage
 from tests.model.blocky import blocky
-from tests.tolerances import EIGHT_BITS, REHEARSED, same
+from tests.tolerances import EIGHT_BITS, REHEARSED, TOLERANCE, same
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K")
 TOKENS_BT = torch.randint(0, 203, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -90,10 +94,14 @@ def test_what_trains_around_the_blocks_gets_its_gradient_through_them(source):
 
 
 @needs_compiler
-def test_a_load_and_a_step_take_what_was_rehearsed(source):
-    job = ServeJob(model="x", format="stored", step_tokens=64)
+@pytest.mark.parametrize(
+    ("kinds", "format"), [(KINDS, "stored"), *((("BF16",), name) for name in ("stored", "int8", "int4"))]
+)
+def test_a_load_and_a_step_take_what_was_rehearsed(kinds, format, tmp_path):
+    source = blocky(tmp_path, kinds)
+    job = ServeJob(model="x", format=format, step_tokens=512)
     accounts = rehearse_engine(job, source.config, "cpu", source)
-    model = load(source, format=Stored(), frozen=True)
+    model = load(source, format=make("format", format), frozen=True)
     held = {t.data_ptr(): t.nbytes for t in (*model.buffers(), *model.parameters())}
     assert accounts["weights"] == pytest.approx(sum(held.values()), rel=REHEARSED)
     assert accounts.get("workspace", 0) < rehearse_engine(job.replace(format="none"), source.config, "cpu")["weights"]
@@ -103,6 +111,55 @@ def test_a_load_and_a_step_take_what_was_rehearsed(source):
 def test_a_model_in_blocks_is_served_from_them_unless_another_format_is_named(source):
     assert storage("auto", source, "cpu") == "stored"
     assert storage("auto", source, "cuda") == "none" and storage("none", source, "cpu") == "none"
+
+
+@needs_compiler
+def test_so_is_a_model_in_16_bits_whose_rows_fill_tiles(tmp_path):
+    plain, odd = blocky(tmp_path, ("BF16",)), blocky(tmp_path, ("BF16",), intermediate_size=500)
+    assert storage("auto", plain, "cpu") == "stored" and storage("auto", plain, "cpu", "fp32") == "none"
+    assert storage("auto", odd, "cpu") == "none"
+
+
+@needs_compiler
+def test_a_model_in_16_bits_keeps_its_numbers_and_its_bytes(tmp_path):
+    source = blocky(tmp_path, ("BF16",))
+    model, dense = load(source, format=Stored(), frozen=True), load(source)
+    tiled = [m for m in model.modules() if isinstance(m, TiledLinear)]
+    assert {m.kind for m in tiled} == {"BF16"} and len(tiled) == 1 + 3 * 7
+    filled = -203 % 16 * 256 * 2  # rows of the embeddings
+    assert sum(m.tiles.nbytes for m in tiled) == filled + sum(p.nbytes for p in dense.parameters() if p.dim() == 2)
+    for path, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert torch.equal(dense_OI(model.get_submodule(path)), module.weight), path
+    with torch.no_grad():
+        ours, theirs = model(TOKENS_BT), load(source, torch.float32)(TOKENS_BT)
+    assert (ours - theirs).norm() <= TOLERANCE[torch.bfloat16] * theirs.norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("format", ["stored", "int8", "int4"])
+def test_a_lora_trains_over_tiles_as_over_the_matrices_in_them(format, tmp_path):
+    source, losses = blocky(tmp_path, ("BF16",)), []
+    for model in (load(source, format=make("format", format)), load(source)):
+        if losses:
+            fill_in(model, load(source, format=make("format", format)))
+        attach(model, Lora(rank=4), torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam([p for _, p in adapter_parameters(model)], lr=2e-3)
+        for _ in range(5):
+            loss = torch.nn.functional.cross_entropy(
+                model(TOKENS_BT)[:, :-1].flatten(0, 1).float(), TOKENS_BT[:, 1:].flatten()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[4] < losses[0] and losses[:5] == pytest.approx(losses[5:], rel=TOLERANCE[torch.bfloat16])
+
+
+def fill_in(dense, packed):
+    """The packed maps' numbers into dense ones."""
+    for path, module in linears(packed).items():
+        dense.get_submodule(path).weight.data.copy_(dense_OI(module))
 
 
 @pytest.mark.parametrize("level", native.levels.supported())

@@ -18,6 +18,8 @@ LLAMA |= {"max_position_embeddings": 1024, "tie_word_embeddings": True}
 
 def raw_blocks(kind: str, outputs: int, inputs: int, rng: torch.Generator) -> Tensor:
     """A matrix of about zero mean and a standard deviation of 0.05, uint8 [O, B]."""
+    if kind == "BF16":
+        return torch.randn(outputs, inputs, generator=rng).mul(0.05).bfloat16().view(torch.uint8)
     encoding = ENCODINGS[kind]
     blocks = outputs * inputs // encoding.values
     raw_NB = torch.randint(0, 256, (blocks, encoding.nbytes), dtype=torch.uint8, generator=rng)

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from satchel.compress.stored import Stored
+from satchel.core.book import make
 from satchel.core.request import Request, Sampling
 from satchel.model.bank import Bank, LowRank, Span
 from satchel.model.decoder import Decoder
-from satchel.model.linear import swap
+from satchel.model.linear import dense_OI, linears, swap
 from satchel.model.load import load
 from satchel.model.paged import Pool, Row, Stretch
+from satchel.model.save import save
 from satchel.model.source import find_source, load_tokenizer
 from satchel.native import levels
 from satchel.native import stack as native
@@ -22,7 +24,7 @@ from satchel.native.build import compiler
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from tests.model.blocky import blocky
-from tests.tolerances import EIGHT_BITS, PERPLEXITY
+from tests.tolerances import DIVERGENCE, EIGHT_BITS, PERPLEXITY
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -84,6 +86,26 @@ def test_states_are_those_of_the_blocks(sources, family, dtype):
     ours = steps(model, lengths)
     assert model._blocks
     assert close(ours, one_by_one(model, lengths), EIGHT_BITS)
+
+
+@pytest.mark.parametrize("format", ["stored", "int8", "int8:group=64", "int4", "int4:group=32,symmetric=true"])
+def test_a_model_in_16_bits_runs_as_one_operator_in_every_format(format, tmp_path):
+    source = blocky(tmp_path, ("BF16",))
+    model = load(source, format=make("format", format), frozen=True)
+    lengths = ((40, 3, 0), (1, 1, 1), (2, 20, 1), (1, 0, 60))
+    ours = steps(model, lengths)
+    assert model._blocks
+    assert close(ours, one_by_one(model, lengths), EIGHT_BITS)
+    dense = load(source, torch.float32)
+    for path, module in linears(model).items():
+        dense.get_submodule(path).weight.data.copy_(dense_OI(module))
+    assert close(ours, steps(dense, lengths), 2 * EIGHT_BITS)
+
+
+def test_a_mixture_of_bfloat16_and_blocks_runs_block_by_block(tmp_path):
+    model = load(blocky(tmp_path, ("BF16", "Q4_0")), format=Stored(), frozen=True)
+    steps(model, ((3,),))
+    assert model._blocks is False
 
 
 @pytest.mark.slow  # compiles the operator for each
@@ -179,21 +201,31 @@ def test_a_state_that_is_no_number_is_told(sources):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("format", ["the file's blocks", "stored", "int8", "int4", "int4:group=32,symmetric=true"])
 @torch.inference_mode()
-def test_perplexity_of_the_demo_model_is_that_of_its_unpacked_weights():
+def test_perplexity_of_the_demo_model_is_that_of_its_unpacked_weights(format, tmp_path):
     source = find_source("demo")
     ids = load_tokenizer(source).encode((Path(__file__).parents[2] / "LICENSE").read_text())[:2048]
-    expected = load(source, torch.float32)(torch.tensor([ids]))[0]
-    model = load(source, torch.bfloat16, format=Stored(), frozen=True)
+    if format != "the file's blocks":  # in 16 bits
+        save(load(source), tmp_path)
+        source = find_source(str(tmp_path))
+    model = load(
+        source, torch.bfloat16, format=make("format", format.replace("the file's blocks", "stored")), frozen=True
+    )
+    dense = load(source, torch.float32)
+    for path, module in linears(model).items():
+        dense.get_submodule(path).weight.data.copy_(module.dense(torch.float32))
+    expected_NV = dense(torch.tensor([ids]))[0].log_softmax(-1)
     for rows in (512, 31):
-        pool = Pool(model.config, 128, model.dtype, "cpu", 2048)
-        states = []
+        pool, states = Pool(model.config, 128, model.dtype, "cpu", 2048), []
         for start in range(0, len(ids), rows):
             some = ids[start : start + rows]
             row = Row(pool.pages, [Stretch(range(128), start, len(some))])
             states.append(model.hidden(torch.tensor([some]), cache=row)[0])
-        logits = torch.cat([model.logits(x).float() for x in states])
-        assert perplexity(logits, ids) == pytest.approx(perplexity(expected, ids), rel=PERPLEXITY), rows
+        found_NV = torch.cat([model.logits(x).float() for x in states]).log_softmax(-1)
+        assert perplexity(found_NV, ids) == pytest.approx(perplexity(expected_NV, ids), rel=PERPLEXITY), rows
+        divergence = (expected_NV.exp() * (expected_NV - found_NV)).sum(-1).mean()
+        assert divergence <= DIVERGENCE, rows
 
 
 def perplexity(logits_NV: torch.Tensor, ids: list[int]) -> float:

@@ -49,13 +49,14 @@ def drawing(rng):
 def products(rng):
     kind, kernel = rng.choice(linear.KINDS), linear.kernel(rng.choice(levels.supported()))
     assert kernel, "a level did not pass its test"
-    inputs, outputs = linear.BLOCK[kind][0] * rng.randrange(1, 6), linear.ROWS * rng.randrange(1, 6)
+    inputs, outputs = linear.form(kind).inputs * rng.randrange(1, 6), linear.ROWS * rng.randrange(1, 6)
     tiles, dtype = linear.example(kind, outputs, inputs, torch.Generator().manual_seed(0)), rng.choice(DTYPES)
     bias = torch.ones(outputs) if rng.random() < 0.5 else None
     weight = linear.matrix(tiles, bias, kind, outputs, inputs)
-    x_NI = numbers(rng, rng.choice((1, 2, 7, 9, 31, 32, 33, 70)), inputs, dtype=dtype)
+    x_NI = numbers(rng, rng.choice((1, 2, 4, 5, 7, 9, 31, 32, 33, 70)), inputs, dtype=dtype)
     kernel.linear(weight, x_NI, torch.empty(len(x_NI), outputs, dtype=dtype))
     kernel.rows(weight, torch.randint(outputs, (5,)), torch.empty(5, inputs, dtype=dtype))
+    kernel.dense(weight, torch.empty(outputs, inputs, dtype=dtype))
 
 
 def attention(rng):

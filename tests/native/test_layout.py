@@ -7,7 +7,7 @@ from satchel.model.encodings import ENCODINGS
 from satchel.model.layout import PLAIN_NAMES, tiles_in_torch, tiles_of, tiles_of_numbers, tiles_q8, tiles_q8_in_torch
 from satchel.native import layout
 from satchel.native.build import compiler
-from satchel.native.linear import BLOCK, KINDS
+from satchel.native.linear import KINDS, form
 from tests.model.blocky import raw_blocks
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -28,7 +28,7 @@ def numbers(outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("outputs", [1, 16, 75])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_that_are_multiplied_by_keep_their_bytes(kind, outputs):
-    raw_OB = torch.randint(0, 256, (outputs, 3 * BLOCK[kind][1]), dtype=torch.uint8)
+    raw_OB = torch.randint(0, 256, (outputs, 3 * form(kind).nbytes), dtype=torch.uint8)
     assert torch.equal(tiles_of(raw_OB, kind), tiles_in_torch(raw_OB, kind))
 
 

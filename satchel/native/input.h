@@ -1,0 +1,163 @@
+// Rows of inputs as products take them, and their products with 4 bytes of 16 rows of a matrix.
+
+#pragma once
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "vectors.h"
+
+namespace {
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define SATCHEL_VNNI 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define SATCHEL_BF16 1
+#endif
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#define SATCHEL_AMX 1
+#endif
+
+constexpr int kRows = kLanes;  // outputs of a tile
+constexpr int kBlock = 32;     // inputs that share the scale of an activation
+
+using Fours = int32_t __attribute__((vector_size(64), aligned(1), may_alias));
+using Small = uint16_t __attribute__((vector_size(32), aligned(1), may_alias));
+
+// Rows of inputs, as codes of 8 bits with a scale for each block of 32, or as bfloat16 in tiles of 16 rows and 32
+// inputs. A block's inputs are scale * code; `sum` is that of its codes.
+struct Input {
+  int8_t* codes;
+  float* scale;
+  int32_t* sum;
+  uint16_t* halves;
+  int32_t rows, inputs;
+  int blocks() const { return inputs / kBlock; }
+  uint16_t* half(int row) const { return halves + int64_t{row / kRows} * kRows * inputs + row % kRows * kBlock; }
+  const int8_t* code(int row, int block) const { return codes + int64_t{row} * inputs + block * kBlock; }
+  int64_t at(int row, int block) const { return int64_t{row} * blocks() + block; }
+};
+
+inline Ints words(const uint8_t* from) { return *reinterpret_cast<const Fours*>(from); }
+inline Vector as_floats(Ints bits) { return reinterpret_cast<Vector>(bits); }
+inline Vector floats(Ints x) { return __builtin_convertvector(x, Vector); }
+
+// 16 float16 as float32.
+inline Vector halves(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#else
+  const Ints bits = __builtin_convertvector(*reinterpret_cast<const Small*>(from), Ints);
+  const Vector size = as_floats((bits & 0x7FFF) << 13) * 0x1p112f;  // exact, subnormal numbers too
+  return as_floats(reinterpret_cast<Ints>(size) | (bits & 0x8000) << 16);
+#endif
+}
+
+// 16 bfloat16 as float32.
+inline Vector bfloats(const uint8_t* from) {
+  return as_floats(__builtin_convertvector(*reinterpret_cast<const Small*>(from), Ints) << 16);
+}
+
+// Of pairs of bfloat16 the first ones, and the second ones.
+inline Vector even(Ints pairs) { return as_floats(pairs << 16); }
+inline Vector odd(Ints pairs) { return as_floats(pairs & static_cast<int32_t>(0xFFFF0000)); }
+
+// sum[o] += w[o][k] * x[k] over k < 4; the bytes of w are below 128.
+inline Ints dot_small(Ints sum, Ints w, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+#if defined(SATCHEL_VNNI)
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
+                                                    _mm512_set1_epi32(four)));
+#elif defined(__AVX2__)
+  const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  __m256i halves[2];
+  std::memcpy(halves, &w, sizeof w);
+  for (auto& half : halves) half = _mm256_madd_epi16(_mm256_maddubs_epi16(half, inputs), ones);
+  std::memcpy(&w, halves, sizeof w);
+  return sum + w;
+#else
+  for (int k = 0; k < 4; ++k) sum += ((w >> 8 * k) & 255) * x[k];
+  return sum;
+#endif
+}
+
+// The same for bytes from -128 to 127, plus kExcess times the sum of x, which the caller takes off beforehand.
+#if defined(SATCHEL_VNNI)
+constexpr int kExcess = 128;
+#else
+constexpr int kExcess = 0;
+#endif
+
+inline Ints dot_signed(Ints sum, Ints w, const int8_t* x) {
+#if defined(SATCHEL_VNNI)
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  const Ints raised = w ^ static_cast<int32_t>(0x80808080);
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(raised),
+                                                    _mm512_set1_epi32(four)));
+#elif defined(__AVX2__)
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  __m256i halves[2];
+  std::memcpy(halves, &w, sizeof w);
+  for (auto& half : halves) {  // |w| * (x with the sign of w): 128 * 127 * 2 fits 16 bits
+    const __m256i product = _mm256_maddubs_epi16(_mm256_abs_epi8(half), _mm256_sign_epi8(inputs, half));
+    half = _mm256_madd_epi16(product, ones);
+  }
+  std::memcpy(&w, halves, sizeof w);
+  return sum + w;
+#else
+  for (int k = 0; k < 4; ++k) sum += ((w << (24 - 8 * k)) >> 24) * x[k];
+  return sum;
+#endif
+}
+
+inline float largest_or_nan(Vector x) {  // NaN if one is
+#if defined(__AVX512F__)
+  const auto v = reinterpret_cast<__m512>(x);
+  return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) ? __builtin_nanf("") : _mm512_reduce_max_ps(v);
+#else
+  float top = x[0];
+  for (int i = 1; i < kLanes; ++i) top = x[i] > top || x[i] != x[i] ? x[i] : top;
+  return top;
+#endif
+}
+
+// Row `row` of the inputs as codes: round(x / scale) with scale = max |x| / 127 of each 32.
+[[gnu::noinline]] inline void encode(const float* from, const Input& x, int row) {
+  int8_t* codes = x.codes + int64_t{row} * x.inputs;
+  for (int b = 0; b < x.blocks(); ++b) {
+    const auto* in = reinterpret_cast<const Vector*>(from + b * kBlock);
+    const Vector a0 = in[0] < 0 ? -in[0] : in[0], a1 = in[1] < 0 ? -in[1] : in[1];
+    const float top = largest_or_nan((a0 > a1 ? a0 : a1) + ((a0 - a0) + (a1 - a1)));  // NaN where one is NaN or infinite
+    const float scale = top / 127.0f, inverse = top == 0 ? 0.0f : 127.0f / top;
+    // adding 1.5 * 2^23 rounds to the nearest integer, halves to even, which is then in the low bits
+    const Words bits0 = reinterpret_cast<Words>(in[0] * inverse + 0x1.8p23f) - 0x4B400000;
+    const Words bits1 = reinterpret_cast<Words>(in[1] * inverse + 0x1.8p23f) - 0x4B400000;
+    using Bytes = int8_t __attribute__((vector_size(16), aligned(1), may_alias));
+    reinterpret_cast<Bytes*>(codes + b * kBlock)[0] = __builtin_convertvector(bits0, Bytes);
+    reinterpret_cast<Bytes*>(codes + b * kBlock)[1] = __builtin_convertvector(bits1, Bytes);
+    const Words both = bits0 + bits1;
+    uint32_t sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += both[i];
+    x.scale[x.at(row, b)] = scale;
+    const bool sound = inverse <= 0x1.fffffep127f;  // else codes are any bits: of no numbers, or below what can be told
+    x.sum[x.at(row, b)] = sound ? static_cast<int32_t>(sum) : 0;
+  }
+}
+
+// Row `row` of the inputs as bfloat16.
+inline void narrow_row(const float* from, const Input& x, int row) {
+  uint16_t* out = x.half(row);
+  for (int b = 0; b < x.blocks(); ++b, out += kRows * kBlock)
+    for (int i = 0; i < kBlock; i += kLanes)
+      narrow16(widen16(from + b * kBlock + i), reinterpret_cast<Half*>(out + i));
+}
+
+}  // namespace
