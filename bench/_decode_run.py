@@ -26,7 +26,7 @@ STEP = 512  # tokens of a step, as `satchel serve` has it
 def ours(case: dict[str, Any]) -> Answer:
     """The engine that serves, on a pool that holds what is asked for."""
     install_pool()
-    source = find_source(case["file"])
+    source = find_source(case.get("folder", case["file"]))
     if "tokenizer.ggml.tokens" in source.metadata:  # llama.cpp reads the vocabulary as well
         load_tokenizer(source)
     model = load(source, torch.bfloat16, format=make("format", storage(case["format"], source, "cpu")), frozen=True)

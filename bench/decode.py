@@ -12,9 +12,10 @@ measurement, and is measured in rounds of changing order:
     together N      tokens a second of N answers in all, after prompts of 32 tokens
     resident        the most that the process held until then, with interpreter and libraries
 
-Behind each rate stands its share of what the machine could do: the file's bytes and the keys and values read once a
-step, at the rate at which memory is read, or the operations at the rate of matrix products, whichever takes longer.
-Both rates are measured in the same rounds (bench/_decode_limits.cpp). transformers reads four times the bytes, in bf16.
+Behind each rate stands its share of what the machine could do: the weights as that engine holds them and the keys and
+values read once a step, at the rate at which memory is read, or the operations at the rate of matrix products, if that
+takes longer. Both rates are measured in the same rounds (bench/_decode_limits.cpp). Rows in bf16, int8 and int4 are of
+the same model in Hugging Face's layout and bf16, in our formats of those names; their embeddings and head stay in bf16.
 
 llama.cpp comes from `bash bench/peers/llama_cpp.sh DIR`, which mends its fault on CPUs with AMX; each figure is the
 better one of with and without flash attention. `--llama-python DIR/bin/python` names where it is; OpenVINO is any
@@ -35,7 +36,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,27 @@ class Side:
         return dict(self.options)
 
     @property
+    def bits(self) -> float:
+        """Of a weight in the layers, where it is the model in bf16 in its own folder that is packed; 0: the file's."""
+        return self.settings.get("bits", 0.0)
+
+    @property
     def ours(self) -> bool:
         """Whether it runs as our command line runs, which has threads sleep while they wait."""
         return self.engine.startswith("satchel")
 
 
-def ours(name: str, format: str) -> Side:
+def ours(name: str, format: str, **more: float) -> Side:
     """Our engine on weights in a format."""
-    return Side(name, "_decode_run", (("engine", "ours"), ("format", format)))
+    return Side(name, "_decode_run", (("engine", "ours"), ("format", format), *more.items()))
 
 
 OURS = ours("satchel", "auto")
 LLAMA = [Side("llama.cpp", "_decode_llama", (("flash", flash),), "llama") for flash in (True, False)]
-TRANSFORMERS = Side("transformers, bf16", "_decode_run", (("engine", "transformers"),))
-OTHERS = [Side("OpenVINO GenAI", "_decode_openvino", (), "openvino"), TRANSFORMERS, ours("satchel, bf16", "none")]
+TRANSFORMERS = Side("transformers, bf16", "_decode_run", (("engine", "transformers"), ("bits", 16)))
+OTHERS = [Side("OpenVINO GenAI", "_decode_openvino", (), "openvino"), TRANSFORMERS]
+OTHERS += [ours("satchel, bf16", "auto", bits=16), ours("satchel, bf16 in torch", "none", bits=16)]
+OTHERS += [ours("satchel, int8", "int8", bits=8), ours("satchel, int4", "int4", bits=4.5)]
 FORCED = [ours(f"satchel, {level}", f"stored:level={level}") for level in LEVELS]
 SLOW = FORCED[LEVELS.index("avx2") :]
 PEERS = {"llama": "llama_cpp", "openvino": "openvino_genai"}  # what each home has to hold
@@ -136,7 +144,7 @@ class Bench:
         return path if path.exists() else SHAPES[model].write(path)
 
     def folder(self, model: str) -> Path:
-        """The model in Hugging Face's layout and bfloat16, for transformers."""
+        """The model in Hugging Face's layout and bfloat16."""
         folder = self.work / f"{model.replace(' ', '_')}.hf"
         if not folder.exists():
             satchel.save(satchel.load(str(self.file(model)), torch.bfloat16), folder)
@@ -149,7 +157,7 @@ class Bench:
             places["file"] = str(self.file(case.model))
             vocabulary = min(find_source(places["file"]).config.vocab, VOCABULARY)
             argument |= {"model": case.model, "plan": case.plan, "vocabulary": vocabulary}
-        if case.side == TRANSFORMERS:
+        if case.side.bits:
             places["folder"] = str(self.folder(case.model))
         how = {"python": self.python(case.side.home), "environment": None if case.side.ours else as_it_is()}
         return once(self.work, f"bench.{case.side.module}", argument, PATIENCE_S, number, how, **places)
@@ -210,16 +218,23 @@ def table(bench: Bench, wanted: list[Case]) -> list[dict[str, Any]]:
     limits, lines = limits_of(bench, wanted), []
     for model in dict.fromkeys(case.model for case in wanted if case.model != LIMITS):
         best: dict[str, dict[str, float]] = {}
-        plans: dict[str, dict[str, Any]] = {}
+        cases: dict[str, Case] = {}
         for case in wanted:
             if case.model == model and (found := bench.result(case)):
                 best[case.side.engine] = better(best.get(case.side.engine, {}), found)
-                plans[case.side.engine] = case.plan
-        shape = Shape.of(find_source(str(bench.file(model))).config, bench.file(model).stat().st_size)
-        lines += [line(model, name, found, shape, limits, plans[name]) for name, found in best.items()]
+                cases[case.side.engine] = case
+        lines += [line(cases[name], found, shape_of(bench, cases[name]), limits) for name, found in best.items()]
         if "satchel" in best and "llama.cpp" in best:
             lines.append(ratios(model, best["satchel"], best["llama.cpp"]))
     return lines
+
+
+def shape_of(bench: Bench, case: Case) -> Shape:
+    """What the engine reads and computes: the file's weights, or its own form of those of the folder."""
+    file = bench.file(case.model)
+    found = Shape.of(find_source(str(file)).config, file.stat().st_size)
+    own = int(found.products * case.side.bits / 8) + 2 * found.head
+    return replace(found, weight_bytes=own) if case.side.bits else found
 
 
 def limits_of(bench: Bench, wanted: list[Case]) -> Limits | None:
@@ -239,13 +254,11 @@ def rates(name: str) -> bool:
     return name.startswith(("prefill", "decode", "together"))
 
 
-def line(
-    model: str, engine: str, found: dict[str, float], shape: Shape, limits: Limits | None, asked: dict[str, Any]
-) -> dict[str, Any]:
+def line(case: Case, found: dict[str, float], shape: Shape, limits: Limits | None) -> dict[str, Any]:
     """One row of the table."""
-    row: dict[str, Any] = {"model": model, "engine": engine}
+    row: dict[str, Any] = {"model": case.model, "engine": case.side.engine}
     row |= {"load, s": f"{found['load_s']:.2f}", "first token, ms": f"{1e3 * found['first_s']:.0f}"}
-    for name, (tokens, least) in steps(shape, asked).items():
+    for name, (tokens, least) in steps(shape, case.plan).items():
         share = f" ({found[name] * limits.seconds(*least) / tokens:.0%})" if limits else ""
         row[f"{name}, tokens/s"] = f"{found[name]:.0f}{share}"
     return row | {"resident, MiB": f"{found['resident_bytes'] / MIB:.0f}"}
