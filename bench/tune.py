@@ -112,7 +112,7 @@ SLOTS = (
     Pair("DoRA r=8", LORA | {"adapter": "dora:rank=8,alpha=16"}, PEFT | {"adapter": "dora"}, WITH_PEFT),
     Pair("LoRA on int8", LORA | {"format": "int8"}, PEFT | {"quantized": "int8"}, "PEFT on bitsandbytes int8"),
     Pair("LoRA on nf4", LORA | {"format": "nf4"}, PEFT | {"quantized": "nf4"}, "PEFT on bitsandbytes nf4"),
-    Pair("LoRA on stored", LORA | {"format": "stored"}, PEFT | {"quantized": "int8"}, "PEFT on bitsandbytes int8"),
+    Pair("LoRA on stored", LORA | {"format": "stored"}, PEFT, WITH_PEFT),
     Pair("LoRA on int4", LORA | {"format": "int4"}, PEFT | {"quantized": "nf4"}, "PEFT on bitsandbytes nf4"),
     Pair("LoRA, activations=selective", LORA | {"activations": "selective"}, PEFT, f"{WITH_PEFT}, keeping all"),
     Pair(

@@ -97,14 +97,15 @@ def _require_same(path: str, place: Adapted, exact_OI: Tensor, rounded_OI: Tenso
     """In float32, where every error of the formula shows, and in the model's own dtype, as it will run."""
     training = place.training
     place.eval()  # no dropout
-    plain = _linear(place, dense_OI(place.base).float())
-    for base, weight_OI, bound in (
-        (plain, exact_OI, SUMS),
-        (place.base, rounded_OI, max(SUMS, 2 * torch.finfo(rounded_OI.dtype).eps)),
+    own_OI = dense_OI(place.base)  # not the base itself: a packed one may round its inputs
+    for base_OI, weight_OI, bound in (
+        (own_OI.float(), exact_OI, SUMS),
+        (own_OI, rounded_OI, max(SUMS, 2 * torch.finfo(rounded_OI.dtype).eps)),
     ):
         rng = torch.Generator().manual_seed(0)
         x_NI = torch.randn(PROBES, place.in_features, generator=rng).to(weight_OI)
-        unmerged_NO, merged_NO = place.run(x_NI, base).float(), _linear(place, weight_OI)(x_NI).float()
+        unmerged_NO = place.run(x_NI, _linear(place, base_OI)).float()
+        merged_NO = _linear(place, weight_OI)(x_NI).float()
         gap = (unmerged_NO - merged_NO).norm() / unmerged_NO.norm().clamp_min(1e-30)
         if not holds(gap <= bound):
             raise ModelError(

@@ -61,15 +61,14 @@ class TiledLinear(Packed):
         )
 
     def infer(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
-        """The product as the kernel has it."""
-        if self._kernel(x.dtype) is None:
+        """The product as the kernel has it; torch's where tangents flow, of which the kernel knows nothing."""
+        if self._kernel(x.dtype) is None or tangents_flow():
             return super().multiply(x, bias_O)
         return torch.ops.satchel.tiled_linear(x, self.tiles, bias_O, self.kind, self.out_features, self.level)
 
     def multiply(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """The same where inputs in bfloat16 are multiplied as they are, else torch's."""
-        rounds = x.dtype != torch.bfloat16 or tangents_flow()
-        kernel = None if rounds else self._kernel(x.dtype)
+        kernel = self._kernel(x.dtype) if x.dtype == torch.bfloat16 else None
         whole = kernel and (self.kind == "BF16" or 0 < kernel.many <= x.shape[:-1].numel())
         return self.infer(x, bias_O) if whole else super().multiply(x, bias_O)
 

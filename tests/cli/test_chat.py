@@ -1,7 +1,6 @@
 """A conversation, as a terminal and as a pipe hold it."""
 
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +26,8 @@ def chat(monkeypatch, capsys):
 @pytest.fixture
 def asked(monkeypatch):
     """No model is loaded; the prompts of every answer are kept, and each answer is its number."""
-    monkeypatch.setattr("satchel.model.source.find_source", lambda name: SimpleNamespace(tensors={}))
+    monkeypatch.setattr("satchel.model.source.find_source", lambda name: None)
+    monkeypatch.setattr("satchel.run.serve.storage", lambda *_: "none")
     monkeypatch.setattr("satchel.model.source.load_tokenizer", lambda source: None)
     monkeypatch.setattr("satchel.model.load.load", lambda *_, **__: None)
     prompts = []

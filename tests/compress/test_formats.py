@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from satchel.adapt.lora import Lora
 from satchel.compress.int4 import Int4, Int4Linear
@@ -46,6 +47,15 @@ def test_gradient_of_x_and_bias_is_that_of_the_dense_map(method):
     packed, x = method.pack(weight(8, 128)), torch.randn(3, 128, dtype=torch.float64, requires_grad=True)
     packed.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda x, bias: packed(x), (x, packed.bias))
+
+
+@every_format
+@pytest.mark.parametrize("gradients", [False, True])
+def test_tangent_of_x_goes_through_the_dense_map(method, gradients):
+    packed, x, tangent = method.pack(weight()), torch.randn(40, 128).bfloat16(), torch.randn(40, 128).bfloat16()
+    with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
+        found = forward_ad.unpack_dual(packed(forward_ad.make_dual(x, tangent))).tangent
+    assert same(found, tangent @ packed.dense(torch.bfloat16).T)
 
 
 @every_format

@@ -38,8 +38,8 @@ def tuned(method=None, dtype=torch.float32, bias=True, format=None) -> nn.Module
 @pytest.mark.parametrize("method", [Lora(rank=4), RsLora(rank=4), Dora(rank=4)], ids=str)
 def test_merged_model_computes_what_the_unmerged_did(method, format, dtype):
     model, x = tuned(method, dtype, format=format), torch.randn(16, 64, dtype=dtype)
+    before = model(x).detach()  # as it was trained: in inference packed maps may round x
     with torch.no_grad():
-        before = model(x)
         report = merge(model)
         assert (model(x) - before).norm() <= TOLERANCE[dtype] * before.norm()
     assert not list(adapted(model)) and len(report) == 4
