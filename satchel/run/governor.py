@@ -16,6 +16,7 @@ from satchel.core.units import format_bytes
 from satchel.run.memory import Pool, peak_resident_bytes, reset_peak_resident, resident_bytes
 
 ALARM = 0.95  # share of the budget at which a job without a hard limit gives way
+RESERVE = 2 << 20  # bytes by which the rest of the process may grow within a step; 0.2 MiB seen
 OVER_BUDGET = "satchel memory budget"  # what the page pool's refusals say
 
 
@@ -100,7 +101,7 @@ class Governor:
     def _limit_pool(self) -> None:
         if self.pool and self.budget_bytes:
             outside = resident_bytes() - self.pool.resident_bytes
-            self.pool.limit(max(self.budget_bytes - outside, 1))
+            self.pool.limit(max(self.budget_bytes - outside - RESERVE, 1))
 
 
 def ran_out(error: Exception) -> bool:

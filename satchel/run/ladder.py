@@ -83,10 +83,6 @@ class Ladder:
         other = Ladder(adapted, self.pricing, known=self.known)
         self.rungs.append(dataclasses.replace(other.climb() or other.smallest(), advice=True))
 
-    def add(self, rung: Rung) -> Rung:
-        """Note a rung that was priced elsewhere."""
-        return self._noted(rung)
-
     def _fit(self, job: Job) -> Rung | None:
         """The job with the largest micro-batch that fits, which is noted as a rung; None (and a rung) if none fits."""
         if self._at(self._rows(job, 1)) is None:

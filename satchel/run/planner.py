@@ -24,7 +24,7 @@ from satchel.run.rung import GROWTH, PROCESS, Extent, Pricing, Rung
 from satchel.run.warm import Samples, noise, settle, warm_up
 
 DRIFT = 40 << 20  # the process differs from one that only plans: tokenizer and data; 25 MiB measured on the demo
-SETTLED = 12 << 20  # what a process still grows by after `settle`: 4 to 12 MiB measured
+SETTLED = 16 << 20  # what a process still grows by after `settle`: 4 to 12 MiB measured
 ROUNDING = 1.005  # what is printed has three digits, and has to do when it is typed
 
 
@@ -101,7 +101,8 @@ def plan(
     `samples`: batches of the sizes that a run with so many rows at once sees; by default one of full rows. `report` is
     told of every rung.
 
-    Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless nothing fits,
+    Near the edge of the budget the process is brought to the size that it will have with the job, and the ladder is
+    climbed anew. Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless nothing fits,
     where it is always found. Raises UserError where the job itself would.
     """
     config = config or _config(job.model)
@@ -115,35 +116,40 @@ def plan(
         pool.trim()  # pages that were never touched would be taken for a part of what is resident
     pricing = Pricing(job, config, machine, budget, extent or Extent(), read_measured(), report=report)
     ladder = Ladder(job, pricing)
-    chosen = ladder.climb()
-    smallest = ladder.smallest() if look_for_smallest or not chosen else None
-    if smallest and not chosen and (settled := _settled(pricing, smallest, pool, samples)):
-        smallest = ladder.add(settled)
-        chosen = settled if settled.fits else None
+    chosen, smallest = _climbed(ladder, look_for_smallest)
+    near = chosen or smallest
+    if pool and near and abs(near.peak_bytes - budget) <= GROWTH:
+        growth = SETTLED if _settled(pricing, near.job, pool, samples) else GROWTH
+        ladder = Ladder(job, dataclasses.replace(pricing, growth=growth))
+        chosen, smallest = _climbed(ladder, look_for_smallest)
     if not chosen:
         ladder.advise()
     return Plan(job, label, budget, machine.name, tuple(ladder.rungs), chosen, smallest)
 
 
-def _settled(pricing: Pricing, rung: Rung, pool: Pool | None, samples: Callable[[int], Samples] | None) -> Rung | None:
-    """A rung that misses the budget by less than what the process may grow by, priced anew once it has grown; None for
-    any other, and where not even one layer of it fits."""
-    if pool is None or rung.peak_bytes - GROWTH > pricing.budget:
-        return None
-    full = noise(pricing.config.vocab, pricing.documents(rung.job))
-    sizes = samples(rung.job.micro_batch) if samples else Samples([full], [full])
+def _climbed(ladder: Ladder, look_for_smallest: bool) -> tuple[Rung | None, Rung | None]:
+    """The rung to run and the smallest; None for what there is not, or what nobody asks for."""
+    chosen = ladder.climb()
+    return chosen, ladder.smallest() if look_for_smallest or not chosen else None
+
+
+def _settled(pricing: Pricing, job: Job, pool: Pool, samples: Callable[[int], Samples] | None) -> bool:
+    """Have the process grow as it would with the job, inside the budget; False if not even one layer of it fits."""
+    full = noise(pricing.config.vocab, pricing.documents(job))
     governor = Governor(pricing.machine.kind, pricing.budget, pool)
     governor.begin()
     try:
-        settle(rung.job, pricing.config, pricing.machine.kind, sizes)
+        settle(
+            job, pricing.config, pricing.machine.kind, samples(job.micro_batch) if samples else Samples([full], [full])
+        )
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        return None
+        return False
     finally:
         governor.end()
         governor.relax()
-    return dataclasses.replace(pricing, growth=SETTLED).rung(rung.job)
+    return True
 
 
 def _config(model: str) -> ModelConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from satchel.core import book
@@ -76,10 +76,13 @@ class Pricing:
     measured: Measurements
     growth: int = GROWTH  # bytes that the process is taken to grow by from now on
     report: Report = SILENT  # is told of each rung
+    rehearsed: dict[Job, Rehearsal] = field(default_factory=dict)  # what needs no second time
 
     def rung(self, job: Job) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
-        rehearsal = rehearse(job, self.config, self.documents(job), self.machine.kind)
+        if job not in self.rehearsed:
+            self.rehearsed[job] = rehearse(job, self.config, self.documents(job), self.machine.kind)
+        rehearsal = self.rehearsed[job]
         weights = rehearsal.peak.accounts.get("weights", 0)
         accounts = rehearsal.peak.accounts | {
             PROCESS: process_bytes(self.machine.kind, rehearsal.peak.peak_bytes, weights, self.growth)

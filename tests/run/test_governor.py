@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from satchel.run.governor import Governor
+from satchel.run.governor import RESERVE, Governor
 
 MIB = 1 << 20
 
@@ -22,3 +22,25 @@ def test_the_peak_is_what_the_process_held_since_the_job_began():
     rise(96)
     governor.end()
     assert 64 * MIB < governor.peak_bytes() - begun < 128 * MIB
+
+
+class Counted:
+    """A page pool that only notes its limit."""
+
+    resident_bytes = 16 * MIB
+
+    def limit(self, limit_bytes):
+        self.limit_bytes = limit_bytes
+
+    def reset_peak(self):
+        pass
+
+
+def test_tensors_leave_room_for_what_grows_beside_them_within_a_step():
+    governor = Governor("cpu", 4096 * MIB, pool := Counted())
+    for hold in (0, 96):
+        held = b"1" * (hold * MIB)
+        governor.begin() if not hold else governor.before_step(1)
+        beside = governor.memory_bytes() - pool.resident_bytes
+        left = governor.budget_bytes - pool.limit_bytes - beside
+        assert RESERVE - MIB < left < RESERVE + MIB, held[:0]

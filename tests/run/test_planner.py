@@ -11,6 +11,7 @@ from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
 from satchel.core.report import Report
 from satchel.core.units import format_bytes
+from satchel.run import planner
 from satchel.run.planner import SETTLED, plan
 from satchel.run.rung import GROWTH, Extent
 
@@ -76,14 +77,31 @@ def test_every_key_of_the_json_is_documented(refused):
     assert documented == shown.keys() | shown["rungs"][0].keys()
 
 
+@pytest.fixture
+def settled(monkeypatch):
+    """The jobs for which the process was made to grow."""
+    seen, real = [], planner.settle
+    monkeypatch.setattr(planner, "settle", lambda job, *rest: (seen.append(job), real(job, *rest)))
+    return seen
+
+
+def test_a_job_that_fits_by_less_than_a_process_may_grow_is_not_taken_on_a_guess(job, settled):
+    as_given = plan(job.replace(memory="auto"), look_for_smallest=False).chosen
+    assert not settled
+    made = plan(job.replace(memory=f"{as_given.peak_bytes + GROWTH // 2}B"), look_for_smallest=False)
+    assert settled and made.chosen.peak_bytes <= made.budget_bytes
+    assert plan(job.replace(memory=f"{as_given.peak_bytes + 2 * GROWTH}B"), look_for_smallest=False).chosen
+    assert len(settled) == 1
+
+
 def test_a_job_that_misses_by_less_than_a_process_may_grow_is_priced_anew_once_it_has_grown(job):
     def missing(size):
         return plan(tight.replace(memory=f"{plan(tight).smallest.peak_bytes - size}B"))
 
-    tight = job.replace(activations="full", format="int4")
+    tight = job.replace(activations="full", format="int4", micro_batch=1)
     missing(GROWTH // 2)  # whatever it says, this process has grown then
     made = missing(GROWTH // 2)
-    assert made.chosen is made.smallest
+    assert made.chosen == made.smallest
     assert made.budget_bytes - GROWTH < made.chosen.peak_bytes <= made.budget_bytes
     assert missing(GROWTH - SETTLED // 2).chosen is None
     assert missing(GROWTH + 1).chosen is None
