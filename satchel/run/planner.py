@@ -102,8 +102,8 @@ def plan(
     told of every rung.
 
     Near the edge of the budget the process is brought to the size that it will have with the job, and the ladder is
-    climbed anew. Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless nothing fits,
-    where it is always found. Raises UserError where the job itself would.
+    climbed anew. Reads the model's header, never its weights. The smallest budget costs some rehearsals more, unless
+    nothing fits, where it is always found. Raises UserError where the job itself would.
     """
     config = config or _config(job.model)
     machine = device(job.device)
@@ -136,12 +136,11 @@ def _climbed(ladder: Ladder, look_for_smallest: bool) -> tuple[Rung | None, Rung
 def _settled(pricing: Pricing, job: Job, pool: Pool, samples: Callable[[int], Samples] | None) -> bool:
     """Have the process grow as it would with the job, inside the budget; False if not even one layer of it fits."""
     full = noise(pricing.config.vocab, pricing.documents(job))
+    sizes = samples(job.micro_batch) if samples else Samples([full], [full])
     governor = Governor(pricing.machine.kind, pricing.budget, pool)
     governor.begin()
     try:
-        settle(
-            job, pricing.config, pricing.machine.kind, samples(job.micro_batch) if samples else Samples([full], [full])
-        )
+        settle(job, pricing.config, pricing.machine.kind, sizes)
     except RuntimeError as error:
         if not ran_out(error):
             raise
