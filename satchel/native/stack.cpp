@@ -40,7 +40,7 @@ struct Call {
 
 constexpr int kAlone = 4;  // rows up to which every thread prepares all inputs for itself
 constexpr int kItems = 16;        // pairs of columns whose panels lie in the cache together, at most
-constexpr int kPanels = 1 << 19;  // bytes of these panels, unless one pair takes more
+constexpr int kPanels = 1 << 20;  // bytes of these panels, unless one pair takes more
 
 // Hands out scratch memory; without a beginning it counts.
 struct Arena {
