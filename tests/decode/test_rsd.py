@@ -210,7 +210,7 @@ def shape(tree):
 @pytest.mark.parametrize("rule", ["rejection", "noise"])
 def test_of_as_many_guesses_a_tree_keeps_more_than_a_chain(model, tmp_path, rule):
     """Eight guesses, four levels of two or eight of one."""
-    small, how = draft(tmp_path / "m", noise=0.1), Sampling(temperature=1.0, seed=3)
+    small, how = draft(tmp_path / "m", noise=0.2), Sampling(temperature=1.0, seed=3)
     requests = some_requests(how, count=8, tokens=30)
 
     def a_step(shape):
