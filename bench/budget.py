@@ -50,7 +50,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 }
 TOKENS = 1024  # of a step, at most
 SHARES = (0.6, 1.5)  # a budget's share of the predicted peak
-PATIENCE_S = 600
+PATIENCE_S = 1800
 PLANNING = 1.1  # a process may hold this many times what planning took before, so that it can refuse at all
 CGROUPS = (  # (the folder of groups, the file that limits one): version 2, version 1
     (Path("/sys/fs/cgroup"), "memory.max"),
