@@ -22,7 +22,7 @@ better one of with and without flash attention. `--llama-python DIR/bin/python` 
 Python with `pip install openvino-genai`. A peer that is missing is left out with a word.
 
 satchel and llama.cpp are measured in every round, all else in the first one only; the levels of instructions that are
-many times slower get fewer and shorter prompts. All of it takes 20 minutes on two cores.
+many times slower get fewer and shorter prompts. All of it is meant to take less than 25 minutes on two cores.
 
 `--work DIR` keeps models and every finished measurement there, and goes on from what it finds. `--only 'TEXT|TEXT'`
 measures the cases whose `model, engine, options` holds one of these texts: `--only 'SmolLM2-135M, llama|format=auto'`.
