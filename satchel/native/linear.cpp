@@ -67,19 +67,33 @@ void rows_of(const Matrix& m, const int64_t* at, int64_t count, void* out) {
   }
 }
 
+// Two inputs of 16 rows, as words that follow one another in each row.
+inline void put_words(Vector a, Vector b, Ints* words, const float*) {
+  words[0] = reinterpret_cast<Ints>(a);
+  words[1] = reinterpret_cast<Ints>(b);
+}
+inline void put_words(Vector a, Vector b, Ints* words, const Half*) {
+  Half low[kLanes], high[kLanes];
+  narrow16(a, low);
+  narrow16(b, high);
+  *words = __builtin_convertvector(*reinterpret_cast<const Halves*>(low), Ints) |
+           __builtin_convertvector(*reinterpret_cast<const Halves*>(high), Ints) << 16;
+}
+
 // The numbers of a group as rows of `to`: 32 inputs at a time, which are then turned round.
 template <typename T>
 void dense_group(const Matrix& m, int group, T* to) {
-  T block[kBlock][kRows];
+  constexpr int kWords = kBlock * sizeof(T) / 4;
+  Ints block[kWords];
   const int rows = std::min(kRows, m.outputs - group * kRows);
   int filled = 0;
   numbers_of(m, group, [&](int input, Vector a, Vector b) {
-    narrow16(a, block[input % kBlock]);
-    narrow16(b, block[input % kBlock + 1]);
+    put_words(a, b, block + input % kBlock * kWords / kBlock, to);
     if ((filled += 2) % kBlock) return;
     for (int r = 0; r < rows; ++r) {
-      T* row = to + int64_t{r} * m.inputs + input / kBlock * kBlock;
-      for (int i = 0; i < kBlock; ++i) row[i] = block[i][r];
+      int32_t row[kWords];
+      for (int i = 0; i < kWords; ++i) row[i] = block[i][r];
+      std::memcpy(to + int64_t{r} * m.inputs + input / kBlock * kBlock, row, sizeof row);
     }
   });
 }
