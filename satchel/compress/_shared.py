@@ -4,7 +4,6 @@ Embeddings and head keep their numbers; those in bfloat16 lie in tiles where a C
 with few rows takes no longer than reading the matrix then (native/linear.cpp).
 """
 
-import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import WeightFormat
@@ -18,7 +17,7 @@ class Inner(WeightFormat):
 
     def pack_outer(self, weight_VD: Tensor) -> nn.Module | None:
         """A `TiledLinear` of the very numbers; None where it would not be multiplied by as it is."""
-        return exact(weight_VD) if weight_VD.dtype == torch.bfloat16 and multiplies(weight_VD) else None
+        return exact(weight_VD) if multiplies(weight_VD) else None
 
     def embed(self, packed: nn.Module) -> nn.Module:
         """A `TiledEmbedding`."""

@@ -4,9 +4,9 @@
     symmetric: W[o, i] = (q[o, i] - 8) * scale[o, g]
 
 Takes O * I / 2 + 4 * O * I / group bytes (2 * O * I / group if symmetric): scale and low are bfloat16, and the weights
-are rounded to what those are. On a CPU the codes are multiplied by as they are where groups are multiples of 32, unless
-there are gradients (model/tiles.py); else spends compute on unpacking. Spends quality: nf4 is nearer to weights that
-are normally distributed, this is nearer to those that are skewed.
+are rounded to what those are. On a CPU the codes of a model in bfloat16 are multiplied by as they are where groups are
+multiples of 32, unless there are gradients (model/tiles.py); else spends compute on unpacking. Spends quality: nf4 is
+nearer to weights that are normally distributed, this is nearer to those that are skewed.
 Paper: https://arxiv.org/abs/2210.17323 (its groupwise grid; rounded to nearest here)
 """
 

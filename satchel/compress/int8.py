@@ -3,8 +3,9 @@
     W[o, i] = q[o, i] * scale[o, i // group]        q in -127..127, scale = max |W| of the group / 127
 
 Takes O * I + 2 * O * groups bytes: scales are bfloat16, rounded up before the weights are rounded to them. On a CPU the
-codes are multiplied by as they are where groups are multiples of 32, unless there are gradients (model/tiles.py); else
-spends compute on unpacking the matrix in every pass. Up to 0.4% of a group's largest weight in error.
+codes of a model in bfloat16 are multiplied by as they are where groups are multiples of 32, unless there are gradients
+(model/tiles.py); else spends compute on unpacking the matrix in every pass. Up to 0.4% of a group's largest weight in
+error.
 Paper: https://arxiv.org/abs/2208.07339 (the row-wise part; no outlier columns)
 """
 

@@ -19,9 +19,10 @@ from satchel.native import linear as native
 
 
 def multiplies(weight_OI: Tensor, group: int = native.GROUP) -> bool:
-    """Whether a matrix whose blocks are `group` inputs would be multiplied by natively."""
+    """Whether a matrix whose blocks are `group` inputs would be multiplied by natively: one in bfloat16, since who asks
+    for float32 wants no input rounded to 8 bits."""
     fits = group % native.GROUP == 0 and weight_OI.shape[1] % group == 0
-    return fits and weight_OI.device.type == "cpu" and native.kernel() is not None
+    return fits and weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and native.kernel() is not None
 
 
 def exact(weight_OI: Tensor, level: str = "auto") -> "TiledLinear":

@@ -28,7 +28,7 @@ every_format = pytest.mark.parametrize("method", FORMATS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
-def weight(outputs=96, inputs=128, dtype=torch.float32):
+def weight(outputs=96, inputs=128, dtype=torch.bfloat16):
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(3)).to(dtype) * 0.05
 
 
@@ -86,7 +86,7 @@ def test_packing_what_was_unpacked_changes_little(method):
 
 @every_format
 def test_state_dict_carries_the_whole_map(method):
-    packed, other = method.pack(weight()), method.pack(torch.zeros(96, 128))
+    packed, other = method.pack(weight()), method.pack(torch.zeros_like(weight()))
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.dense(), packed.dense())
 
@@ -155,7 +155,7 @@ def test_answers_are_products_of_the_codes_themselves(method, rows):
     packed, x = method.pack(weight()), torch.randn(rows, 128)
     packed.bias = torch.randn(96)
     with torch.no_grad():
-        ours, theirs = packed(x), nn.functional.linear(x, packed.dense(), packed.bias)
+        ours, theirs = packed(x), nn.functional.linear(x, packed.dense(torch.float32), packed.bias)
     assert isinstance(packed, TiledLinear)
     assert (
         0 < (ours - theirs).norm() <= EIGHT_BITS * theirs.norm()
@@ -169,14 +169,22 @@ def test_tiles_hold_the_numbers_that_torch_packs_in_as_many_bytes(method, monkey
     monkeypatch.setattr(native, "kernel", lambda level="auto": None)
     theirs = method.pack(weight())
     assert isinstance(ours, TiledLinear) and isinstance(theirs, Int8Linear | Int4Linear)
-    assert torch.equal(ours.dense(), theirs.dense())
+    assert torch.equal(ours.dense(torch.float32), theirs.dense(torch.float32))
     assert sum(b.nbytes for b in ours.buffers()) == sum(b.nbytes for b in theirs.buffers())
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("method", TILED, ids=str)
+def test_a_matrix_in_float32_meets_no_rounded_inputs(method, rows):
+    packed, x = method.pack(weight(dtype=torch.float32)), torch.randn(rows, 128)
+    with torch.no_grad():
+        assert same(packed(x), x @ packed.dense().T)
 
 
 @needs_compiler
 @pytest.mark.parametrize("method", [Int8(), Int8(group=50), Int4(group=10)], ids=str)
 def test_rows_that_blocks_of_32_do_not_fill_are_packed_for_torch(method):
-    packed, x = method.pack(weight(8, 100)), torch.randn(3, 100)
+    packed, x = method.pack(weight(8, 100, torch.float32)), torch.randn(3, 100)
     with torch.no_grad():
         assert same(packed(x), x @ packed.dense().T)
 
