@@ -42,7 +42,7 @@ class Int4Linear(Packed):
         self.register_buffer("low_OG", None if symmetric else torch.empty_like(self.scale_OG))
         for rows in row_chunks(weight_OI):
             q_OGJ, self.scale_OG[rows], low_OG = quantise(weight_OI[rows], group, symmetric)
-            if self.low_OG is not None:
+            if self.low_OG is not None and low_OG is not None:
                 self.low_OG[rows] = low_OG
             first_OH, second_OH = q_OGJ.flatten(1).chunk(2, dim=1)
             self.q_OH[rows] = first_OH << 4 | second_OH
@@ -98,4 +98,5 @@ class Int4(Inner):
             return Int4Linear(weight_OI, group, symmetric)
         kind = f"INT4S:{group}" if symmetric else f"INT4:{group}"
         tiles = tiles_made(weight_OI, lambda some_OI: join_int4(*quantise(some_OI, group, symmetric)), kind)
-        return TiledLinear(tiles, kind, *weight_OI.shape, weight_OI.dtype)
+        outputs, inputs = weight_OI.shape
+        return TiledLinear(tiles, kind, outputs, inputs, weight_OI.dtype)

@@ -76,4 +76,5 @@ class Int8(Inner):
         if not multiplies(weight_OI, group):
             return Int8Linear(weight_OI, group)
         tiles = tiles_made(weight_OI, lambda some_OI: join_int8(*quantise(some_OI, group)), f"INT8:{group}")
-        return TiledLinear(tiles, f"INT8:{group}", *weight_OI.shape, weight_OI.dtype)
+        outputs, inputs = weight_OI.shape
+        return TiledLinear(tiles, f"INT8:{group}", outputs, inputs, weight_OI.dtype)

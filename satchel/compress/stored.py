@@ -48,7 +48,8 @@ class Stored(WeightFormat):
         require_groups(self.name, weight_OI.shape, GROUP)
         if weight_OI.dtype == torch.bfloat16:
             return exact(weight_OI, self.level)
-        return TiledLinear(tiles_of_numbers(weight_OI), "Q8_0", *weight_OI.shape, weight_OI.dtype, self.level)
+        outputs, inputs = weight_OI.shape
+        return TiledLinear(tiles_of_numbers(weight_OI), "Q8_0", outputs, inputs, weight_OI.dtype, self.level)
 
     def pack_outer(self, weight_VD: Tensor) -> nn.Module:
         """As `pack`."""
