@@ -143,9 +143,15 @@ def _method_files(room: Path) -> Iterator[Path]:
 
 
 @cache
+def _tree(path: Path) -> ast.Module:
+    """A file, parsed once however many methods derive from what is in it."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def _read(path: Path) -> Entry | None:
     """The entry of a file; None if no class in it has a card and derives from a seam."""
-    tree = ast.parse(path.read_text())
+    tree = _tree(path)
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or (card := _card(node, path)) is None:
             continue
@@ -182,7 +188,7 @@ def _lineage(path: Path, tree: ast.Module, class_name: str) -> Iterator[tuple[Pa
         path = _imported_from(tree, class_name)
         if not path.exists():
             break
-        tree = ast.parse(path.read_text())
+        tree = _tree(path)
     yield path, class_name
 
 
