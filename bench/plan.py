@@ -2,22 +2,16 @@
 
 Every row is a process that plans its job as `satchel tune` does, then loads, trains, evaluates and writes it. Nothing
 is fitted to these rows; what was ever calibrated (the planner's GROWTH, the tracker's PACKED, the device's curves) saw
-neither the shapes nor the methods in HELD_OUT. The device's curves are measured anew before the rows of each shape, and
-where a fixed piece of work takes longer or shorter by a fifth after a row than after the curves: a shared machine's
-speed moves by half within minutes, and the row is then run again. Beside it: other estimators on the same rows, the
-time that a rehearsal takes, and what satchel's allocator does for resident bytes and costs in time.
+neither the shapes nor the methods in HELD_OUT. The device's curves are measured once, at the start. Beside it: other
+estimators on the same rows, the time that a rehearsal takes, and what satchel's allocator does for resident bytes and
+costs in time.
 """
 
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Iterable
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
-
-import torch
 
 from bench._harness import interleave, measure, median, write
 from bench._plan_peers import PEERS
@@ -67,7 +61,6 @@ ALLOCATORS = {
     "mmap": "the C library's, mapping from 128 KiB on",
 }
 TARGETS = ("tensors", "resident", "seconds")
-MOVED, TRIES = 0.2, 3  # share by which the machine's speed may move between curves and row; runs of a row at most
 
 
 def grid() -> list[dict[str, Any]]:
@@ -99,43 +92,6 @@ def row(case: dict[str, Any]) -> dict[str, Any]:
     packed = "knows no packed rows" if case["lengths"] else ""
     found["peers"] = {name: packed or ask(job, config) for name, ask in PEERS.items()}
     return found | {"error_of": {target: _error(found[target]) for target in TARGETS}}
-
-
-class Gauge:
-    """How fast the machine is, against when the device's curves were measured."""
-
-    def __init__(self) -> None:
-        self.left, self.right = torch.randn(2, 1024, 1024).bfloat16()
-        self.anew()
-
-    def anew(self) -> None:
-        """Measure the curves."""
-        shutil.rmtree(CACHE, ignore_errors=True)
-        self.curves = device("cpu").curves
-        self.then_s = self._seconds()
-
-    def moved(self) -> float:
-        """Seconds of a fixed piece of work over those right after the curves, less one."""
-        return self._seconds() / self.then_s - 1
-
-    def _seconds(self) -> float:
-        taken = []
-        for _ in range(101):
-            begun = time.perf_counter()
-            (self.left @ self.right).float().softmax(-1)
-            taken.append(time.perf_counter() - begun)
-        return median(taken)
-
-
-def steady(case: dict[str, Any], gauge: Gauge) -> dict[str, Any]:
-    """A row whose machine was as fast as when the curves were measured, in TRIES; `moved`: by how much it was not."""
-    for left in reversed(range(TRIES)):
-        found = row(case) | {"moved": gauge.moved()}
-        if abs(found["moved"]) <= MOVED or not left:
-            break
-        print(f"the machine's speed moved by {found['moved']:+.0%}: once more", flush=True)
-        gauge.anew()
-    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -173,11 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     if parser.parse_args(arguments).quick:
         print(json.dumps([row(case) for case in quick()], indent=1))
         return
-    rows, curves = [], {}
-    for shape, cases in groupby(sorted(grid(), key=itemgetter("shape")), key=itemgetter("shape")):
-        gauge = Gauge()
-        rows += [steady(case, gauge) for case in cases]
-        curves[shape] = gauge.curves
+    shutil.rmtree(CACHE, ignore_errors=True)
+    curves = device("cpu").curves
+    rows = [row(case) for case in grid()]
     failed = [r for r in rows if "error" in r]
     table = summary([r for r in rows if "error" not in r])
     for line in table:

@@ -35,7 +35,7 @@ def _budget(rows: Rows) -> str:
 
 
 def _checkpoint(rows: Rows) -> str:
-    shares = [row["of the blocking one's"] for row in rows if row["way"] == "datastates"]
+    shares = [row["of the blocking one's"] for row in rows if row["way"] == "datastates" and "checkpoint, MiB" in row]
     return f"a lazy checkpoint costs {_span(shares)} of a blocking one's stall"
 
 
@@ -123,7 +123,7 @@ def _zeroth(rows: Rows) -> str:
 
 def _span(values: Iterable[float]) -> str:
     known = sorted(values)
-    return f"{known[0]}x to {known[-1]}x"
+    return f"{known[0]}x to {known[-1]}x" if known else "not measured"
 
 
 def _percent(row: Row) -> str:

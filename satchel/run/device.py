@@ -5,7 +5,8 @@ lie in memory and its threads asleep. So operators are timed where they occur: i
 one job for every dtype and size, one more for every method that brings operators of its own. For each operator that
 gives a curve, seconds a call over the size of the call, and the time of a rehearsed run is the sum over its calls.
 Between two measured sizes a curve is a power law. Between the operators lies the interpreter, some time a call; what
-the sum still misses is one factor a dtype.
+the sum still misses is one factor a dtype. A fixed piece of work, timed among the steps and again when a job is
+planned, tells how much faster or slower the machine has become: a shared one's speed moves by half within minutes.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from satchel.run.step import train_step
 from satchel.run.tracker import Work, work_of
 from satchel.run.warm import real
 
-FORMAT = 4  # of what is measured; another number measures anew
+FORMAT = 5  # of what is measured; another number measures anew
 CACHE = Path.home() / ".cache" / "satchel" / "devices"
 ANY = "any"  # the curve, over bytes, of operators that no reference job has
 REFERENCE = {"model_type": "llama", "vocab_size": 16384, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -53,6 +54,8 @@ MIDDLE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2,
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 32}
 SHAPES = ((SMALL, 2, 128), (MIDDLE, 4, 256), (LARGE, 1, 1024))  # with rows, tokens a row
 ROUNDS = 3  # over the plain jobs: a shared machine's speed changes by a tenth within seconds, and less over a minute
+GAUGE = {"cpu": 1024, "cuda": 2048}  # rows and columns of the fixed piece of work
+TURNS = 21  # of it: a tenth of a second
 OWN_OPERATORS = ("optimizer", "format")  # slots whose methods bring operators that no other job has
 PLAIN = TuneJob(model="reference", data="demo", lr=1e-6)
 Curve = list[tuple[float, float]]  # (size of a call, seconds), sizes rising
@@ -70,6 +73,12 @@ class Device:
     curves: dict[str, Curve]  # by kind of work, over its size
     gap_s: float = 0.0  # between two calls: the interpreter
     slowdown: dict[str, float] = field(default_factory=dict)  # by dtype: a real step over the sum of its calls
+    gauge_s: float = 0.0  # of the fixed piece of work, while all this was measured
+    pace: float = 1.0  # seconds now over seconds then
+
+    def now(self) -> "Device":
+        """The device at the speed that it has at this moment; a tenth of a second."""
+        return replace(self, pace=gauge(self.kind) / self.gauge_s)
 
     def free_bytes(self) -> int:
         """Bytes that a job could take now."""
@@ -81,7 +90,7 @@ class Device:
         for item, count in work.items():
             total += count * (self._call_seconds(item) + self.gap_s)
             flops[_dtype(item)] += count * item.flops
-        return total * self.slowdown.get(max(flops, key=flops.__getitem__, default=""), 1.0)
+        return total * self.pace * self.slowdown.get(max(flops, key=flops.__getitem__, default=""), 1.0)
 
     def rate(self, kind: str) -> float:
         """The best measured rate of a kind of work: operations per second, or bytes if it does few for each."""
@@ -136,8 +145,11 @@ def measure(kind: str) -> Device:
     """Measure a device, now; about a minute."""
     cuda = kind == "cuda"
     install_pool() if not cuda else None
-    plain = [(job, config) for _ in range(ROUNDS) for job, config in references()]
-    steps = [found for job, config in plain if (found := _time_step(job, config, kind, 2))]
+    steps, gauges = [], []
+    for job, config in chain.from_iterable(references() for _ in range(ROUNDS)):
+        steps.append(_time_step(job, config, kind, 2))
+        gauges.append(gauge(kind))
+    steps = [step for step in steps if step]
     others = [_time_step(job, config, kind, 1) for job, config in methods()]
     bare = Device(
         kind=kind,
@@ -147,11 +159,18 @@ def measure(kind: str) -> Device:
         torch=torch.__version__,
         curves=_curves([*steps, *filter(None, others)]),
         gap_s=max(0.0, median(step.gap_s for step in steps)),
+        gauge_s=median(gauges),
     )
     ratios: dict[str, list[float]] = {}
     for step in steps:
         ratios.setdefault(step.dtype, []).append(step.seconds / bare.seconds(step.work()))
     return replace(bare, slowdown={dtype: median(found) for dtype, found in ratios.items()})
+
+
+def gauge(kind: str) -> float:
+    """Seconds of a fixed piece of work, a product and passes over memory, at this moment."""
+    x = torch.ones(GAUGE[kind], GAUGE[kind], dtype=torch.bfloat16, device=kind)
+    return median(_seconds(lambda: (x @ x).float().softmax(-1), kind) for _ in range(TURNS))
 
 
 def references() -> Iterator[tuple[TuneJob, ModelConfig]]:

@@ -112,6 +112,7 @@ def plan(
     label = f"{format_bytes(budget)} (free now)" if job.memory == "auto" else format_bytes(budget)
     pool = install_pool() if machine.kind == "cpu" else None
     warm_up(job, config, machine.kind)
+    machine = machine.now()
     if pool:
         pool.trim()  # pages that were never touched would be taken for a part of what is resident
     pricing = Pricing(job, config, machine, budget, extent or Extent(), read_measured(), report=report)

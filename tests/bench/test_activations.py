@@ -8,6 +8,7 @@ import torch
 
 from bench import _activations_run, activations
 from bench._activations_run import documents, padded, text_N, together
+from docs.headlines import headline
 from satchel.model.batch import IGNORE, Batch, whole
 from satchel.train.causal_lm import CausalLM
 from tests.tolerances import TOLERANCE
@@ -75,6 +76,8 @@ def test_the_table_has_a_row_for_each_policy_also_where_a_run_failed():
     assert (second["peak, 1.00 GiB"], second["held-out loss ratio"]) == ("failed", "1.0500")
     assert (first["tensors rehearsed, 1.00 GiB"], second["tokens/s, 4.00 GiB"]) == ("-1.0%", "-")
     assert first.keys() == second.keys() and json.dumps([first, second])
+    said = headline("activations", [first, second])
+    assert said == "longest context, 1.00 GiB none 512, lemo 64; longest context, 4.00 GiB none does not fit, lemo 512"
 
 
 def test_every_policy_of_the_book_is_tried():

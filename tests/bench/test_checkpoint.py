@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from bench import _checkpoint_run, checkpoint
 from bench._checkpoint_run import PEER, Dcp, SlowDisk
+from docs.headlines import headline
 from satchel.core import book
 from satchel.model import disk
 from satchel.run.checkpoint import KEPT
@@ -57,6 +58,9 @@ def test_a_row_says_what_is_lost_and_a_failure_is_a_row_too(tmp_path):
     line = checkpoint.row(bench, ours)
     assert (line["lost, every step"], line["lost, every 10 steps"], line["disk"]) == ("25.0%", "5.0%", "250 MiB/s")
     assert line["of the blocking one's"] == 0.25 and checkpoint.row(bench, failed)["lost, every step"] == "no disk"
+    table = [checkpoint.row(bench, case) for case in (base, ours, failed)]
+    assert headline("checkpoint", table) == "a lazy checkpoint costs 0.25x to 0.25x of a blocking one's stall"
+    assert "not measured" in headline("checkpoint", [line | {"way": "datastates"} for line in table[2:]])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from bench import _harness, optimizer
 from bench._tune_loop import Tokens
+from docs.headlines import headline
 from satchel.core import book
 
 SMALL = optimizer.JOBS[1]
@@ -83,6 +84,7 @@ def test_what_is_lean_and_good_is_found():
     found = optimizer.findings(table)
     assert found[f"{SMALL.name}: loss <= 1.02 at peak <= 0.45"] == ["galore"]
     assert found["rehearsed peaks off by, median and worst, %"] == [1.5, 1.5]
+    assert headline("optimizer", table) == "peak at most 0.45x AdamW's and loss at most 1.02x: galore"
     assert found[f"{SMALL.name}: share of LISA's state that lies outside of the layers"] == 0.6
 
 

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from bench import plan
-from bench.plan import HELD_OUT, TRIES, grid, quick, row, steady, summary
+from bench.plan import HELD_OUT, grid, quick, row, summary
 from satchel.core.job import TuneJob
 from satchel.native.build import compiler
 
@@ -33,18 +32,6 @@ def test_summary_gives_percent_of_the_measured_and_leaves_out_rows_that_a_peer_d
     assert ours["median, %"] == 2 and ours["worst, %"] == 5 and ours["worst under, %"] == -5
     assert lines["accelerate, tensors against tensors"]["worst under, %"] == -50
     assert lines["fitscout, tensors against tensors"]["rows"] == 0
-
-
-@pytest.mark.parametrize(("moves", "runs"), [([0.1], 1), ([-0.5, 0.3, 0.0], 3), ([0.5, -0.1], 2), ([0.5] * 9, TRIES)])
-def test_a_row_is_run_again_if_the_machine_became_faster_or_slower_meanwhile(moves, runs, monkeypatch) -> None:
-    class Moving:
-        anew = staticmethod(lambda: events.append("curves"))
-        moved = staticmethod(iter(moves).__next__)
-
-    events = []
-    monkeypatch.setattr(plan, "row", lambda case: events.append("row") or {"number": events.count("row")})
-    assert steady({}, Moving()) == {"number": runs, "moved": moves[runs - 1]}
-    assert events == ["row", *["curves", "row"] * (runs - 1)]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="needs Linux and a C++ compiler")

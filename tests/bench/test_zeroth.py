@@ -6,6 +6,7 @@ import torch
 import satchel
 from bench import zeroth
 from bench._zeroth_run import CONTEXT, accuracy, batch_of
+from docs.headlines import headline
 from satchel.core import book
 from satchel.model.batch import IGNORE
 from satchel.model.source import find_source
@@ -61,4 +62,5 @@ def test_a_row_holds_the_medians_of_its_runs():
     line = zeroth.row("LoRA", "mezo", [run | {"after": after} for after in (0.6, 0.9, 0.7)], peaks)
     assert line["accuracy"] == 0.7 and line["range"] == "0.600-0.900" and line["peak over inference"] == 1.03
     assert line["first losses"] == 2 and line["last losses"] == 1 and line["rehearsed"] == "-1.0%"
-    assert line.keys() == zeroth.row("LoRA", "mezo", [], {}).keys()
+    empty = zeroth.row("LoRA", "mezo", [], {})
+    assert line.keys() == empty.keys() and headline("zeroth", [line, empty]) == "peak over inference 1.03x to 1.03x"

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from satchel.core import book
 from satchel.core.errors import UserError
+from satchel.run import device
 from satchel.run.device import Device, Stopwatch, interpolate, methods, resolve
 from satchel.run.tracker import Work, aten, work_of
 
@@ -36,6 +38,13 @@ def test_a_step_is_the_sum_of_its_calls_and_gaps_times_the_slowdown_of_its_dtype
     assert seconds(work, CURVE) == pytest.approx(2 * 20.0)
     assert seconds(work, CURVE, gap_s=0.5) == pytest.approx(2 * 20.5)
     assert seconds(work, CURVE, slowdown={"float32": 3.0, "bfloat16": 7.0}) == pytest.approx(3 * 2 * 20.0)
+
+
+def test_a_machine_that_became_slower_takes_as_much_longer(monkeypatch) -> None:
+    monkeypatch.setattr(device, "gauge", {"cpu": 0.75}.__getitem__)
+    found = replace(Device("cpu", "toy", 1, 0, "", {"any": GENERAL}), gauge_s=0.5)
+    work = Counter({Work("known/float32", 0, 1000): 2})
+    assert found.now().seconds(work) == pytest.approx(1.5 * found.seconds(work)) and found.now().now() == found.now()
 
 
 def test_an_operator_that_was_never_timed_takes_what_any_one_takes() -> None:
@@ -89,6 +98,7 @@ before = resident_bytes()
 first = device("cpu", pathlib.Path(sys.argv[1]))
 assert resident_bytes() - before < 16 << 20, resident_bytes() - before
 assert device("cpu", pathlib.Path(sys.argv[1])) == first and first.slowdown and first.gap_s >= 0
+assert first.gauge_s > 0 and first.pace == 1
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
