@@ -43,7 +43,7 @@ from satchel.run.step import train_step
 from satchel.run.tracker import Work, work_of
 from satchel.run.warm import real
 
-FORMAT = 5  # of what is measured; another number measures anew
+FORMAT = 6  # of what is measured; another number measures anew
 CACHE = Path.home() / ".cache" / "satchel" / "devices"
 ANY = "any"  # the curve, over bytes, of operators that no reference job has
 REFERENCE = {"model_type": "llama", "vocab_size": 16384, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -53,6 +53,12 @@ SMALL |= {"hidden_act": "gelu_pytorch_tanh"}  # the other kind of gate: four tim
 MIDDLE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 12}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 32}
 SHAPES = ((SMALL, 2, 128), (MIDDLE, 4, 256), (LARGE, 1, 1024))  # with rows, tokens a row
+GPT = {"model_type": "gpt2", "vocab_size": 4096, "n_embd": 768, "n_layer": 1, "n_head": 12, "n_positions": 256}
+GEMMA = {"model_type": "gemma2", "vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2048, "head_dim": 128}
+GEMMA |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "query_pre_attn_scalar": 128}
+GEMMA |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 64}
+GEMMA |= {"max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+OTHERS = (GPT, GEMMA)  # families whose operators the first has not: biases, other norms and gates, soft caps
 ROUNDS = 3  # over the plain jobs: a shared machine's speed changes by a tenth within seconds, and less over a minute
 GAUGE = {"cpu": 1024, "cuda": 2048}  # rows and columns of the fixed piece of work
 TURNS = 21  # of it: a tenth of a second
@@ -174,12 +180,15 @@ def gauge(kind: str) -> float:
 
 
 def references() -> Iterator[tuple[TuneJob, ModelConfig]]:
-    """The plain jobs: an adapter, then all weights, in each size and dtype; of the largest only what is quick."""
+    """The plain jobs: an adapter, then all weights, in each size and dtype; of the largest, and of other families, only
+    what is quick."""
     for shape, rows, context in SHAPES:
         config = ModelConfig.from_hf(REFERENCE | shape)
         for dtype, adapter in product(DTYPES, ("lora", "none")):
             if shape is not LARGE or (dtype, adapter) == (PLAIN.dtype, PLAIN.adapter):
                 yield replace(PLAIN, batch=rows, context=context, dtype=dtype, adapter=adapter), config
+    for family in OTHERS:
+        yield replace(PLAIN, batch=4, context=256), ModelConfig.from_hf(family)
 
 
 def methods() -> Iterator[tuple[TuneJob, ModelConfig]]:

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import satchel.model.tiling  # noqa: F401 - whose operators are counted
+
 aten = torch.ops.aten
 THIN = 32  # operations a byte below which moving the byte is what takes the time
 PACKED = 1200 << 10  # bytes of a thread's part at most; half of a smaller matrix. Measured with oneDNN, +-0.6 MiB
@@ -146,12 +148,14 @@ def work_of(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor
     moved = sum(t.numel() * t.element_size() for t in tensors)
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
     name, counter = func._overloadpacket.__name__, FLOPS.get(func._overloadpacket)
+    # of an operator that does several things; 'INT8:768' is any INT8
+    variant = [value.partition(":")[0] for value in args if isinstance(value, str)]
     if counter is None:
-        variant = [value for value in args if isinstance(value, str)]  # of an operator that does several things
         return Work("/".join([name, dtype, *variant]), 0, moved)
     flops = int(counter(*args, **kwargs, out_val=out))
-    product = name if "attention" in name else "product"
-    return Work(f"{product}/{dtype}" if flops >= THIN * moved else f"{product}/{dtype}/thin", flops, moved)
+    product = "product" if func.namespace == "aten" and "attention" not in name else name
+    thin = ["thin"] * (flops < THIN * moved)
+    return Work("/".join([product, dtype, *variant, *thin]), flops, moved)
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
@@ -162,8 +166,13 @@ def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *re
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
+def _tiled_flops(x: Tensor, tiles: Tensor, bias_O: Tensor | None, kind: str, outputs: int, *rest: Any, **_: Any) -> int:
+    return 2 * x.numel() * outputs
+
+
 FLOPS = {
     **flop_registry,
+    torch.ops.satchel.tiled_linear: _tiled_flops,
     aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

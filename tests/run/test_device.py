@@ -65,6 +65,15 @@ def test_a_thin_product_is_known_by_its_bytes() -> None:
     assert fat.kind == "product/float32" and fat.size == fat.flops == 2 * 512**3
 
 
+def test_a_product_with_tiles_is_one_of_its_format_whatever_the_width_of_its_groups() -> None:
+    tiled = torch.ops.satchel.tiled_linear.default
+    for groups, rows, kind in (("INT8:64", 512, ""), ("INT8:768", 512, ""), ("INT8:768", 1, "/thin")):
+        x, tiles = torch.ones(rows, 768), torch.ones(768 * 256, dtype=torch.uint8)
+        out = torch.ones(rows, 256)
+        found = work_of(tiled, (x, tiles, None, groups, 256, "auto"), {}, out, [x, tiles, out])
+        assert found.kind == "tiled_linear/float32/INT8/auto" + kind and found.flops == 2 * rows * 768 * 256
+
+
 def test_the_timed_jobs_cover_every_optimizer_and_format_of_the_book() -> None:
     jobs = [job for job, _ in methods()]
     for entry in book.entries():
