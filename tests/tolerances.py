@@ -6,6 +6,9 @@ from torch import Tensor
 # Relative error of results that differ in the order of long sums only: some units in the last place.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
+# Numbers that were rounded to bfloat16 twice on their way, in the norm: each time by 2^-9 at most, and 0.6 of that.
+TWICE_ROUNDED = 2**-9
+
 # A mean of random draws against its expectation, in standard deviations of that mean: by chance once in two million.
 DEVIATIONS = 5
 

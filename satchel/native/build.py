@@ -24,6 +24,7 @@ SOUND = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-psabi
 # For arithmetic on arrays: vectors as wide as the processor has. No rounding differs from what the source says, so none
 # of -ffast-math.
 ARITHMETIC = (*SOUND, "-march=native", "-ffp-contract=off")
+FUSED = (*SOUND, "-march=native", "-ffp-contract=fast")  # where fused multiply-add is welcome
 
 
 def compiler() -> str | None:

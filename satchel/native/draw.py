@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.errors import UserError
-from satchel.native.build import build
-from satchel.native.paged import FLAGS
+from satchel.native.build import FUSED, build
 
 # V vocabulary
 
@@ -22,7 +21,7 @@ from satchel.native.paged import FLAGS
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernel, compiled on first use; None without a C++ compiler."""
-    path = build("draw", FLAGS)
+    path = build("draw", FUSED)
     if path is None:
         return None
     found = ctypes.CDLL(str(path))

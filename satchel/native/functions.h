@@ -8,6 +8,12 @@ namespace {
 
 inline Vector all(float x) { return Vector{} + x; }
 
+inline float largest(Vector x) {
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = std::max(x[i], x[i + half]);
+  return x[0];
+}
+
 // e to the x for x <= 0, to 2 units in the last place; 0 below -87.
 inline Vector exponential(Vector x) {
   const Vector low = all(-87.0f);

@@ -6,8 +6,7 @@ from functools import cache
 
 import torch
 
-from satchel.native.build import build
-from satchel.native.paged import FLAGS
+from satchel.native.build import FUSED, build
 
 
 class Batch(ctypes.Structure):
@@ -23,7 +22,7 @@ class Batch(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernel, compiled on first use; None without a C++ compiler."""
-    path = build("low_rank", FLAGS)
+    path = build("low_rank", FUSED)
     return None if path is None else ctypes.CDLL(str(path))
 
 

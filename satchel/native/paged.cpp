@@ -8,12 +8,12 @@ template <typename T>
 void run(const Batch& b, int threads) {
   for (int s = 0; s < b.sequences; ++s)
     for (int h = 0; h < b.kv_heads; ++h) store<T>(b, s, h);
-  const std::vector<Task> tasks = tasks_of(b);
+  const std::vector<Task> tasks = tasks_of<T>(b);
   int64_t cost = 0;
   for (const Task& task : tasks) cost += task.cost;
   each(tasks.size(), cost < kWorthThreads ? 1 : threads, [&](int64_t i) {
     thread_local Rows rows;
-    look<T>(b, tasks[i].sequence, tasks[i].head, tasks[i].row, rows);
+    look<T>(b, tasks[i], rows);
   });
 }
 

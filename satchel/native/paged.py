@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 
+from satchel.native import levels, linear
 from satchel.native.build import build
 
 PAGE = 16  # tokens; as in paged.cpp
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread")  # fused multiply-add is welcome
 SIGHT = ("limit", "seen", "position")  # what a row may see, [N] each
 
 
@@ -27,9 +27,10 @@ class Batch(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The kernel, compiled on first use; None without a C++ compiler."""
-    path = build("paged", FLAGS)
+def library(level: str = "auto") -> ctypes.CDLL | None:
+    """The kernel for a level at which products are right here, compiled on first use; None without a C++ compiler."""
+    products = linear.kernel(level)
+    path = build("paged", levels.flags(products.level)) if products else None
     return None if path is None else ctypes.CDLL(str(path))
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.errors import UserError
-from satchel.native.build import build
-from satchel.native.paged import FLAGS
+from satchel.native.build import FUSED, build
 
 # N rows, D width, F hidden features, B batch, T tokens, H heads, E head dim, R half of the rotated dimensions
 
@@ -26,7 +25,7 @@ ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in pointwise.cpp
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels, compiled on first use; None without a C++ compiler."""
-    path = build("pointwise", FLAGS)
+    path = build("pointwise", FUSED)
     if path is None:
         return None
     found, ends = ctypes.CDLL(str(path)), [c_int, c_int]  # the last two: whether bfloat16, threads

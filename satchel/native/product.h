@@ -6,49 +6,13 @@
 #pragma once
 
 #include "matrix.h"
-
-#if defined(SATCHEL_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
 constexpr int kMany = 32;  // rows from which unpacking the weights for AMX pays; those in bfloat16 need none
 
 #if defined(SATCHEL_AMX)
-
-// Linux gives tiles to a process that has asked for them once.
-inline bool may_use_tiles() {
-  constexpr int kRequest = 0x1023, kTileData = 18;
-  static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return may;
-}
-
-// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives; those of inputs as many as there are.
-class Tiles {
- public:
-  Tiles(bool used, int rows) : used_(used) {
-    if (!used) return;
-    Layout layout = {};
-    layout.palette = 1;
-    for (int i = 0; i < 8; ++i) layout.bytes[i] = 64, layout.rows[i] = i < 6 ? static_cast<uint8_t>(std::min(rows, kRows)) : kRows;
-    asm volatile("" : : "r"(&layout) : "memory");  // gcc <= 12 drops the stores above: ggml-org/llama.cpp#20824
-    _tile_loadconfig(&layout);
-  }
-  ~Tiles() {
-    if (used_) _tile_release();
-  }
-  Tiles(const Tiles&) = delete;
-
- private:
-  struct alignas(64) Layout {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  };
-  bool used_;
-};
 
 // out[32][32] = the products of one or two tiles of 16 rows of inputs with two panels.
 template <bool Two>
@@ -82,10 +46,6 @@ void tile_product(const uint16_t* x, const uint16_t* a, const uint16_t* b, int b
 
 #else
 
-inline bool may_use_tiles() { return false; }
-struct Tiles {
-  Tiles(bool, int) {}
-};
 template <bool Two>
 void tile_product(const uint16_t*, const uint16_t*, const uint16_t*, int, float*) {}
 

@@ -122,7 +122,6 @@ class Worker {
   Worker(Work<T>& work, int me) : w(work), c(work.c), me(me), row(work.widest) {}
 
   void run() {
-    const Tiles configured(w.tiles, c.rows);
     const auto [first, last] = share(c.rows, me, w.team.size);
     for (int64_t i = int64_t{first} * c.width; i < int64_t{last} * c.width; ++i)
       w.x[i] = widen(static_cast<const T*>(c.x)[i]);
@@ -226,6 +225,7 @@ class Worker {
   // By tiles: panels of some items first, then 32 rows at a time with all of these, so that rows come from far once.
   template <typename Both, typename Take>
   void by_panels(int first, int last, const Input& x, Both both, Take take) {
+    const Tiles configured(true, c.rows);
     alignas(64) float out[32 * 32];
     const uint16_t *left[kItems], *right[kItems];
     const int64_t size = int64_t{x.inputs} * kRows;
@@ -264,7 +264,7 @@ class Worker {
 
   void attend(const Layer& l, int index) {
     const Batch b = batch(l, index);
-    const std::vector<Task> tasks = tasks_of(b);
+    const std::vector<Task> tasks = tasks_of<T>(b);
     const bool whole = static_cast<int>(tasks.size()) == c.sequences * c.kv_heads;  // a task has all new tokens
     if (!whole) {
       const auto [first, last] = share(c.sequences * c.kv_heads, me, w.team.size);
@@ -274,7 +274,7 @@ class Worker {
     thread_local Rows rows;
     for (int i; (i = w.next.fetch_add(1)) < static_cast<int>(tasks.size());) {
       if (whole) place(l, b, tasks[i].sequence, tasks[i].head);
-      look<T>(b, tasks[i].sequence, tasks[i].head, tasks[i].row, rows);
+      look<T>(b, tasks[i], rows);
     }
   }
 

@@ -7,9 +7,10 @@ import torch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.paged import PAGE, Pool, Row, Stretch, ancestry, paged_attention_in_torch
+from satchel.native import levels
 from satchel.native import paged as native
 from tests.model.families import SHAPE
-from tests.tolerances import TOLERANCE, same
+from tests.tolerances import TOLERANCE, TWICE_ROUNDED, same
 
 FAMILIES = {
     "llama": {"model_type": "llama"},
@@ -137,11 +138,34 @@ def test_a_tree_of_which_a_part_is_cached_goes_on_where_it_stood():
     assert ancestry(parents) == whole[1].tolist() == [1, 2, 0b101, 0b1010, 0b10010, 0b100101]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16), (4, 1, 40), (5, 1, 128)])
-def test_heads_of_any_shape(path, heads, kv_heads, dim):
-    shaped, data, pages_M, bounds, pasts = problem(torch.float32, heads, kv_heads, dim)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16), (4, 1, 40), (5, 1, 128), (40, 1, 96)])
+def test_heads_of_any_shape(path, heads, kv_heads, dim, dtype):
+    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim)
     out = attended(path, shaped, data, pages_M, bounds)
-    assert same(out, plainly(*shaped, pasts, 0, 0.0).float())
+    assert same(out, plainly(*shaped, pasts, 0, 0.0).to(dtype))
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 2.0)])
+def test_in_bfloat16_only_shares_and_results_are_rounded(window, cap):
+    shaped, data, pages_M, bounds, pasts = problem(torch.bfloat16, 9, 3, 64)
+    exact = plainly(*shaped, pasts, window, cap)
+    found = attended("native", shaped, data, pages_M, bounds, window, cap).double()
+    assert (found - exact).norm() <= TWICE_ROUNDED * exact.norm()
+
+
+@pytest.mark.slow  # compiles the kernel for each
+@pytest.mark.parametrize("level", levels.supported())
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap):
+    kernel = native.library(level)
+    assert kernel is not None
+    monkeypatch.setattr(native, "library", lambda: kernel)
+    shaped, data, pages_M, bounds, pasts = problem(dtype, 9, 3, 64)
+    out = attended("native", shaped, data, pages_M, bounds, window, cap)
+    assert same(out, plainly(*shaped, pasts, window, cap).to(dtype))
 
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")

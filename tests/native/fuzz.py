@@ -60,7 +60,7 @@ def products(rng):
 
 
 def attention(rng):
-    dtype, kv_heads, dim = rng.choice(DTYPES), rng.randrange(1, 4), rng.randrange(1, 70)
+    dtype, kv_heads, dim = rng.choice(DTYPES), rng.randrange(1, 4), rng.choice((rng.randrange(1, 70), 32, 64, 96, 128))
     heads = kv_heads * rng.randrange(1, 4)
     past = [rng.choice((0, 1, 15, 16, 130, 300)) for _ in range(rng.randrange(1, 5))]
     new = [rng.choice((1, 1, 2, 17, 40)) for _ in past]
