@@ -66,7 +66,7 @@ def prepare(work: Path, asked: argparse.Namespace) -> dict[str, Run]:
         if asked.quick
         else {"clients": CLIENTS, "answer": ANSWER, "long": 4}
     )
-    plain = {"model": str(model), "format": "none", "step_tokens": PARTS, "mixed": False} | size
+    plain = {"model": str(model), "format": "auto", "step_tokens": PARTS, "mixed": False} | size
     cases = {
         "http": plain | {"way": "http", "mixed": True},
         "http, 4 bits": plain | {"way": "http", "format": "int4"},
