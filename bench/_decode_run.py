@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from bench._decode_play import Answer, Tokens, context, play
-from satchel.core.book import make
+from bench._served import served_model
 from satchel.core.request import Request
-from satchel.model.load import load
 from satchel.model.paged import PAGE
 from satchel.model.source import find_source, load_tokenizer
 from satchel.run.engine import Engine
 from satchel.run.memory import install_pool
 from satchel.run.scheduler import Limits
-from satchel.run.serve import storage
 
 STEP = 512  # tokens of a step, as `satchel serve` has it
 
@@ -29,7 +27,7 @@ def ours(case: dict[str, Any]) -> Answer:
     source = find_source(case.get("folder", case["file"]))
     if "tokenizer.ggml.tokens" in source.metadata:  # llama.cpp reads the vocabulary as well
         load_tokenizer(source)
-    model = load(source, torch.bfloat16, format=make("format", storage(case["format"], source, "cpu")), frozen=True)
+    model = served_model(source, case["format"])
     longest = context(case["plan"])
     engine = Engine(model, Limits(-(-longest // PAGE) + 1, max(case["plan"]["together"]), STEP, longest))
 

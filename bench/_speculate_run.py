@@ -7,12 +7,10 @@ import sys
 import time
 from typing import Any
 
-import torch
-
+from bench._served import served_model
 from satchel.core.request import Request, Sampling
 from satchel.model.decoder import Decoder
-from satchel.model.load import load
-from satchel.model.source import load_tokenizer
+from satchel.model.source import find_source, load_tokenizer
 from satchel.run.engine import Engine
 from satchel.run.records import read_records
 from satchel.run.scheduler import Limits
@@ -39,7 +37,7 @@ QUESTIONS = (
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
     """CPU and wall seconds a token of each kind, and what became of the guesses."""
-    tokenizer, model = load_tokenizer("demo"), load("demo", torch.bfloat16)
+    tokenizer, model = load_tokenizer("demo"), served_model(find_source("demo"))
     how = {"decoding": case["decoding"], "skip": case.get("skip", "none")}
     return {"runs": [answer(model, tokenizer, kind, how) for kind in case["kinds"]]}
 

@@ -9,12 +9,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from bench._harness import median
 from bench._serve_run import prompts
+from bench._served import served_model
 from satchel.core.request import Request
-from satchel.model.load import load
 from satchel.model.source import find_source
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
@@ -34,7 +32,7 @@ class Talk:
 
 def main(case: dict[str, Any]) -> dict[str, Any]:
     """Conversations whose priorities change with every turn, through a pool that holds a third of them."""
-    model = load(find_source(case["model"]), torch.bfloat16)
+    model = served_model(find_source(case["model"]))
     limits = Limits(blocks=case["blocks"], batch=8, step_tokens=128, context=1024)
     engine = Engine(model, limits, admission="priority", preemption=case["preemption"])
     watch = Watch(engine)

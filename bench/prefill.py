@@ -1,6 +1,6 @@
 """Prompts packed into one row against padded ones: `satchel bench prefill`, or `python -m bench.prefill --help`.
 
-SmolLM2-135M in bf16 reads 32 prompts, of which only the last tokens go through the head, three times over:
+SmolLM2-135M, as `satchel serve` has it, reads 32 prompts, of which only the last tokens go through the head, three times over:
 
     packed       the engine: one row without padding, cut into steps of 512 tokens, keys and values into pages
     padded       one batch of all prompts, each as long as the longest; no keys and values are kept
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from bench._harness import interleave, median, write
+from bench._served import served_model
 from satchel.core.request import Request
 from satchel.model.decoder import Decoder
-from satchel.model.load import load
+from satchel.model.source import find_source
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of few prompts, written nowhere")
     quick = parser.parse_args().quick
-    table = compare(load("demo", torch.bfloat16), 4 if quick else PROMPTS, 1 if quick else REPETITIONS)
+    table = compare(served_model(find_source("demo")), 4 if quick else PROMPTS, 1 if quick else REPETITIONS)
     for row in table:
         print(row)
     if not quick:

@@ -1,12 +1,12 @@
 """Guessing ahead against plain decoding: `satchel bench speculate`, or `python -m bench.speculate --help`.
 
-SmolLM2-135M in bf16 answers four prompts of three kinds, greedily and drawn at 0.7, one at a time and four at once.
-The small model is made here, since none comes with the package: SmolLM2's first layers, tuned for some minutes on what
-SmolLM2 itself says. Each way runs all of it in a process of its own, in rounds. Chains and trees of as many guesses
-stand beside each other: `kept` is how many of a draft's are right. Every answer is compared with plain decoding's,
-token by token: `same` is the share of the answers that are identical (bf16 products differ in the last bits with the
-number of rows, so that a near tie may fall the other way; RSD by rejection draws others). FFN-SkipLLM, which changes
-answers, stands beside them. What does not pay is reported too.
+SmolLM2-135M, as `satchel serve` has it, answers four prompts of three kinds, greedily and drawn at 0.7, one at a time
+and four at once. The small model is made here, since none comes with the package: SmolLM2's first layers,
+tuned for some minutes on what SmolLM2 itself says. Each way runs all of it in a process of its own, in rounds. Chains
+and trees of as many guesses stand beside each other: `kept` is how many of a draft's are right. Every answer is
+compared with plain decoding's, token by token: `same` is the share of the answers that are identical (products differ
+in the last bits from 32 rows on, so that a near tie may fall the other way; RSD by rejection draws others).
+FFN-SkipLLM, which changes answers, stands beside them. What does not pay is reported too.
 """
 
 from __future__ import annotations
