@@ -1,6 +1,7 @@
 """Prompts packed into one row against padded ones: `satchel bench prefill`, or `python -m bench.prefill --help`.
 
-SmolLM2-135M, as `satchel serve` has it, reads 32 prompts, of which only the last tokens go through the head, three times over:
+SmolLM2-135M, as `satchel serve` has it, reads 32 prompts, of which only the last tokens go through the head, three
+times over:
 
     packed       the engine: one row without padding, cut into steps of 512 tokens, keys and values into pages
     padded       one batch of all prompts, each as long as the longest; no keys and values are kept
