@@ -164,7 +164,8 @@ class Bench:
 
     def python(self, home: str) -> str:
         """The interpreter that runs an engine."""
-        return {"ours": sys.executable, "llama": self.asked.llama_python, "openvino": self.asked.openvino_python}[home]
+        peers = {"llama": self.asked.llama_python, "openvino": self.asked.openvino_python}
+        return str(peers.get(home, sys.executable))
 
     def result(self, case: Case) -> dict[str, float]:
         """The medians of a case; nothing where it failed or was not measured."""
@@ -282,8 +283,8 @@ def ratios(model: str, ours: dict[str, float], theirs: dict[str, float]) -> dict
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-python", default=sys.executable, help="a Python with llama-cpp-python")
-    parser.add_argument("--openvino-python", default=sys.executable, help="a Python with openvino-genai")
+    parser.add_argument("--llama-python", type=Path, default=sys.executable, help="a Python with llama-cpp-python")
+    parser.add_argument("--openvino-python", type=Path, default=sys.executable, help="a Python with openvino-genai")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--repetitions", type=int, default=3, help="rounds of satchel and llama.cpp; all else has one")
     parser.add_argument("--only", default="", help="'TEXT|TEXT': only cases whose name holds one of them")
