@@ -4,7 +4,7 @@ Each is a job of its own process, with evaluation, checkpoints, export and at ti
 around what it is predicted to take. One that is accepted has to finish, and its process may never hold more than the
 budget, which is enforced from outside too: by a memory control group where one can be made, and by ending the process.
 One that is refused is run again without a budget, with the settings that the planner found to take least: it has to
-take more than the budget that was refused.
+take more than a run in that budget may, which is the budget less what the governor keeps in reserve.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bench._toy import toy
 from satchel.core.job import TuneJob
 from satchel.core.units import parse_bytes
 from satchel.model.source import find_source
+from satchel.run.governor import RESERVE
 from satchel.run.rehearse import rehearse
 from satchel.run.rung import GROWTH
 
@@ -178,7 +179,7 @@ def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
     free = attempt(least, None)
     if free["outcome"] != "finished":
         return line | {"verdict": "refused, unknown", "least_run": free}
-    share = free["peak_bytes"] / budget
+    share = (free["peak_bytes"] + RESERVE) / budget
     return line | {"verdict": "refused rightly" if share > 1 else "refused wrongly", "share": share, "least_run": free}
 
 
@@ -205,7 +206,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("shown not to fit", counts["refused rightly"]),
         ("would have fitted", counts["refused wrongly"]),
         ("could not be shown", counts["refused, unknown"]),
-        ("lowest peak / budget of a refused job", _extreme(min, shares, ("refused rightly", "refused wrongly"))),
+        ("lowest (peak + reserve) / budget of a refused job", _extreme(min, shares, ("refused rightly", "refused wrongly"))),
     ]
     return [{"what": name, "value": value} for name, value in rows]
 
