@@ -51,6 +51,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 }
 TOKENS = 1024  # of a step, at most
 SHARES = (0.6, 1.5)  # a budget's share of the predicted peak
+REFUSED = ("refused rightly", "refused wrongly")
 PATIENCE_S = 1800
 PLANNING = 1.1  # a process may hold this many times what planning took before, so that it can refuse at all
 CGROUPS = (  # (the folder of groups, the file that limits one): version 2, version 1
@@ -206,7 +207,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("shown not to fit", counts["refused rightly"]),
         ("would have fitted", counts["refused wrongly"]),
         ("could not be shown", counts["refused, unknown"]),
-        ("lowest (peak + reserve) / budget of a refused job", _extreme(min, shares, ("refused rightly", "refused wrongly"))),
+        ("lowest (peak + reserve) / budget of a refused job", _extreme(min, shares, REFUSED)),
     ]
     return [{"what": name, "value": value} for name, value in rows]
 
