@@ -1,6 +1,6 @@
 """What making room in the pool costs: `satchel bench switch`, or `python -m bench.switch --help`.
 
-SmolLM2-135M in bf16, 18 conversations of three turns through a pool that holds five of them; every turn draws
+SmolLM2-135M, 18 conversations of three turns through a pool that holds five of them; every turn draws
 another priority, so that answers push each other out in the middle. What was pushed out is computed again, or comes
 back from disk: the engine waits for each copy, or copies while it computes (FastSwitch). A stall is the time between
 two passes of the model that goes into choosing and moving. When a turn is asked depends on the steps alone.
