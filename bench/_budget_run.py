@@ -34,6 +34,7 @@ class Witness(Report):
             "predicted_bytes": rung.peak_bytes,
             "planning_peak_bytes": peak_resident_bytes(),
             "least": rung.job.to_dict(),
+            "smallest_bytes": plan.smallest_bytes,
         }
         print(json.dumps(self.said), flush=True)  # so that a job that is killed later is known as accepted
 

@@ -3,8 +3,8 @@
 Each is a job of its own process, with evaluation, checkpoints, export and at times a merge, under a budget drawn
 around what it is predicted to take. One that is accepted has to finish, and its process may never hold more than the
 budget, which is enforced from outside too: by a memory control group where one can be made, and by ending the process.
-One that is refused is run again without a budget, with the settings that the planner found to take least: it has to
-take more than a run in that budget may, which is the budget less what the governor keeps in reserve.
+One that is refused is run again in the way and inside the budget that the planner names as the smallest: it has to finish
+there, and to take more than a run in the refused budget may, which is that less what the governor keeps in reserve.
 """
 
 from __future__ import annotations
@@ -145,7 +145,19 @@ def caged(limit_bytes: int | None) -> Iterator[Path | None]:
         yield made
     finally:
         if made:
-            made.rmdir()
+            _remove(made)
+
+
+def _remove(cage: Path, patience_s: float = 10) -> None:
+    """A group stays busy for a moment after its last process has gone."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return cage.rmdir()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def _cage(limit_bytes: int) -> Path | None:
@@ -166,7 +178,7 @@ def _cage(limit_bytes: int) -> Path | None:
 
 
 def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
-    """Run a job under its budget; a refused one again without, as small as the planner could make it."""
+    """Run a job under its budget; a refused one again in the smallest that would do, as the planner says."""
     budget = parse_bytes(job.memory)
     result = attempt(job, max(budget, int(PLANNING * base_bytes)))
     line = {"job": job.to_dict(), "budget_bytes": budget} | result
@@ -176,12 +188,13 @@ def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
     if result["outcome"] != "refused":
         killed = result["outcome"] == "killed"
         return line | {"verdict": "killed" if killed else "failed"}
-    least = TuneJob.from_dict(result["least"]).replace(memory="auto", out=job.out)
-    free = attempt(least, None)
-    if free["outcome"] != "finished":
-        return line | {"verdict": "refused, unknown", "least_run": free}
-    share = (free["peak_bytes"] + RESERVE) / budget
-    return line | {"verdict": "refused rightly" if share > 1 else "refused wrongly", "share": share, "least_run": free}
+    smallest = result["smallest_bytes"]
+    least = TuneJob.from_dict(result["least"]).replace(memory=f"{smallest}B", out=job.out)
+    run = attempt(least, max(smallest, int(PLANNING * base_bytes)))
+    if run["outcome"] != "finished":
+        return line | {"verdict": "refused, unknown", "least_run": run}
+    share = (run["peak_bytes"] + RESERVE) / budget
+    return line | {"verdict": "refused rightly" if share > 1 else "refused wrongly", "share": share, "least_run": run}
 
 
 def base_bytes(work: Path) -> int:

@@ -72,7 +72,7 @@ struct Q4_0 {
   template <int R>
   void few(const uint8_t* tile, const Input& x, int row, int block, Vector* sum) const {
     Ints dots[R];
-    for (int r = 0; r < R; ++r) dots[r] = Ints{} - 8 * x.sum[x.at(row + r, block)];
+    for (int r = 0; r < R; ++r) dots[r] = Ints{} + x.lift[x.at(row + r, block)];
     add_nibbles<R>(tile + 2 * kRows, x, row, block, dots);
     const Vector scale = halves(tile);
     for (int r = 0; r < R; ++r) sum[r] += scale * x.scale[x.at(row + r, block)] * floats(dots[r]);
@@ -96,7 +96,7 @@ struct Q4_1 {
     for (int r = 0; r < R; ++r) {
       const int64_t at = x.at(row + r, block);
       sum[r] += scale * x.scale[at] * floats(dots[r]);
-      sum[r] += offset * (x.scale[at] * static_cast<float>(x.sum[at]));
+      sum[r] += offset * x.total[at];
     }
   }
 
@@ -113,7 +113,7 @@ struct Q8_0 {
   template <int R>
   void few(const uint8_t* tile, const Input& x, int row, int block, Vector* sum) const {
     Ints dots[R];
-    for (int r = 0; r < R; ++r) dots[r] = Ints{} - kExcess * x.sum[x.at(row + r, block)];
+    for (int r = 0; r < R; ++r) dots[r] = Ints{} + kExcess / 8 * x.lift[x.at(row + r, block)];
     add_bytes<R>(tile + 2 * kRows, x, row, block, dots);
     const Vector scale = halves(tile);
     for (int r = 0; r < R; ++r) sum[r] += scale * x.scale[x.at(row + r, block)] * floats(dots[r]);
@@ -151,18 +151,17 @@ struct Q4_K {
   template <int R>
   void few(const uint8_t* tile, const Input& x, int row, int block, Vector* sum) const {
     const Scales scales(tile);
-    for (int i = 0; i < 8; ++i) {
-      Ints dots[R] = {};
+    for (int i = 0; i < 8; i += 2) {
+      Ints low[R] = {}, high[R] = {};
       for (int j = 0; j < 8; ++j) {
-        const Ints w = (words(nibbles(tile, i, j)) >> 4 * (i & 1)) & kNibbles;
-        for (int r = 0; r < R; ++r) dots[r] = dot_small(dots[r], w, x.code(row + r, block + i) + 4 * j);
+        const Ints w = words(nibbles(tile, i, j)), w0 = w & kNibbles, w1 = (w >> 4) & kNibbles;
+        for (int r = 0; r < R; ++r) {
+          low[r] = dot_small(low[r], w0, x.code(row + r, block + i) + 4 * j);
+          high[r] = dot_small(high[r], w1, x.code(row + r, block + i + 1) + 4 * j);
+        }
       }
-      const Vector scale = scales.scale_of(i), offset = scales.offset_of(i);
-      for (int r = 0; r < R; ++r) {
-        const int64_t at = x.at(row + r, block + i);
-        sum[r] += scale * x.scale[at] * floats(dots[r]);
-        sum[r] -= offset * (x.scale[at] * static_cast<float>(x.sum[at]));
-      }
+      add<R>(low, scales.scale_of(i), scales.offset_of(i), x, row, block + i, sum);
+      add<R>(high, scales.scale_of(i + 1), scales.offset_of(i + 1), x, row, block + i + 1, sum);
     }
   }
 
@@ -177,6 +176,15 @@ struct Q4_K {
         emit(kBlock * i + 4 * j, value(0), value(1));
         emit(kBlock * i + 4 * j + 2, value(2), value(3));
       }
+    }
+  }
+
+  template <int R>
+  static void add(const Ints* dots, Vector scale, Vector offset, const Input& x, int row, int block, Vector* sum) {
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = x.at(row + r, block);
+      sum[r] += scale * x.scale[at] * floats(dots[r]);
+      sum[r] -= offset * x.total[at];
     }
   }
 
@@ -242,7 +250,7 @@ struct Int8 {
     Vector part[R] = {};
     for (int i = 0; i < group / kBlock; ++i) {
       Ints dots[R];
-      for (int r = 0; r < R; ++r) dots[r] = Ints{} - kExcess * x.sum[x.at(row + r, block + i)];
+      for (int r = 0; r < R; ++r) dots[r] = Ints{} + kExcess / 8 * x.lift[x.at(row + r, block + i)];
       add_bytes<R>(codes(tile, i), x, row, block + i, dots);
       for (int r = 0; r < R; ++r) part[r] += x.scale[x.at(row + r, block + i)] * floats(dots[r]);
     }
@@ -272,12 +280,12 @@ struct Int4 {
     float inputs[R] = {};
     for (int i = 0; i < group / kBlock; ++i) {
       Ints dots[R];
-      for (int r = 0; r < R; ++r) dots[r] = Ints{} - (Low ? 0 : 8) * x.sum[x.at(row + r, block + i)];
+      for (int r = 0; r < R; ++r) dots[r] = Ints{} + (Low ? 0 : x.lift[x.at(row + r, block + i)]);
       add_nibbles<R>(codes(tile, i), x, row, block + i, dots);
       for (int r = 0; r < R; ++r) {
         const int64_t at = x.at(row + r, block + i);
         part[r] += x.scale[at] * floats(dots[r]);
-        if (Low) inputs[r] += x.scale[at] * static_cast<float>(x.sum[at]);
+        if (Low) inputs[r] += x.total[at];
       }
     }
     const Vector scale = bfloats(tile);

@@ -29,16 +29,16 @@ using Fours = int32_t __attribute__((vector_size(64), aligned(1), may_alias));
 using Small = uint16_t __attribute__((vector_size(32), aligned(1), may_alias));
 
 // Rows of inputs, as codes of 8 bits with a scale for each block of 32, or as bfloat16 in tiles of 16 rows and 32
-// inputs. A block's inputs are scale * code; `sum` is that of its codes.
+// inputs. A block's inputs are scale * code; `total` is the sum of these, `lift` -8 times that of the codes.
 struct Input {
   int8_t* codes;
-  float* scale;
-  int32_t* sum;
+  float *scale, *total;
+  int32_t* lift;
   uint16_t* halves;
   int32_t rows, inputs;
   int blocks() const { return inputs / kBlock; }
   uint16_t* half(int row) const { return halves + int64_t{row / kRows} * kRows * inputs + row % kRows * kBlock; }
-  const int8_t* code(int row, int block) const { return codes + int64_t{row} * inputs + block * kBlock; }
+  int8_t* code(int row, int block) const { return codes + at(row, block) * kBlock; }
   int64_t at(int row, int block) const { return int64_t{row} * blocks() + block; }
 };
 
@@ -131,7 +131,6 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
 
 // Row `row` of the inputs as codes: round(x / scale) with scale = max |x| / 127 of each 32.
 [[gnu::noinline]] inline void encode(const float* from, const Input& x, int row) {
-  int8_t* codes = x.codes + int64_t{row} * x.inputs;
   for (int b = 0; b < x.blocks(); ++b) {
     const auto* in = reinterpret_cast<const Vector*>(from + b * kBlock);
     const Vector a0 = in[0] < 0 ? -in[0] : in[0], a1 = in[1] < 0 ? -in[1] : in[1];
@@ -141,14 +140,18 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
     const Words bits0 = reinterpret_cast<Words>(in[0] * inverse + 0x1.8p23f) - 0x4B400000;
     const Words bits1 = reinterpret_cast<Words>(in[1] * inverse + 0x1.8p23f) - 0x4B400000;
     using Bytes = int8_t __attribute__((vector_size(16), aligned(1), may_alias));
-    reinterpret_cast<Bytes*>(codes + b * kBlock)[0] = __builtin_convertvector(bits0, Bytes);
-    reinterpret_cast<Bytes*>(codes + b * kBlock)[1] = __builtin_convertvector(bits1, Bytes);
+    auto* codes = reinterpret_cast<Bytes*>(x.code(row, b));
+    codes[0] = __builtin_convertvector(bits0, Bytes);
+    codes[1] = __builtin_convertvector(bits1, Bytes);
     const Words both = bits0 + bits1;
     uint32_t sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += both[i];
-    x.scale[x.at(row, b)] = scale;
     const bool sound = inverse <= 0x1.fffffep127f;  // else codes are any bits: of no numbers, or below what can be told
-    x.sum[x.at(row, b)] = sound ? static_cast<int32_t>(sum) : 0;
+    const int32_t of_codes = sound ? static_cast<int32_t>(sum) : 0;
+    const int64_t at = x.at(row, b);
+    x.scale[at] = scale;
+    x.total[at] = scale * static_cast<float>(of_codes);
+    x.lift[at] = -8 * of_codes;
   }
 }
 

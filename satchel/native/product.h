@@ -102,8 +102,9 @@ void product(Column left, Column right, const Input& x, uint16_t* room, Take tak
 inline Input input_in(uint8_t* room, int rows, int inputs) {
   const int64_t padded = (int64_t{rows} + kRows - 1) / kRows * kRows * inputs;
   auto* scale = reinterpret_cast<float*>(room + padded);
-  auto* sum = reinterpret_cast<int32_t*>(scale + padded / kBlock);
-  return {reinterpret_cast<int8_t*>(room), scale, sum, reinterpret_cast<uint16_t*>(room), rows, inputs};
+  auto* total = scale + padded / kBlock;
+  auto* lift = reinterpret_cast<int32_t*>(total + padded / kBlock);
+  return {reinterpret_cast<int8_t*>(room), scale, total, lift, reinterpret_cast<uint16_t*>(room), rows, inputs};
 }
 
 }  // namespace
