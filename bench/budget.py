@@ -3,8 +3,8 @@
 Each is a job of its own process, with evaluation, checkpoints, export and at times a merge, under a budget drawn
 around what it is predicted to take. One that is accepted has to finish, and its process may never hold more than the
 budget, which is enforced from outside too: by a memory control group where one can be made, and by ending the process.
-One that is refused is run again in the way and inside the budget that the planner names as the smallest: it has to finish
-there, and to take more than a run in the refused budget may, which is that less what the governor keeps in reserve.
+One that is refused is run again all the same, under that budget and in the way that the planner found to take least: it
+has to be stopped, by the governor's limit or from outside.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bench._toy import toy
 from satchel.core.job import TuneJob
 from satchel.core.units import parse_bytes
 from satchel.model.source import find_source
-from satchel.run.governor import RESERVE
+from satchel.run.governor import OVER_BUDGET
 from satchel.run.rehearse import rehearse
 from satchel.run.rung import GROWTH
 
@@ -98,10 +98,10 @@ def draw(work: Path, rng: random.Random, number: int, base_bytes: int) -> TuneJo
     return job.replace(memory=f"{int(share * (base_bytes + GROWTH + tensors))}B")
 
 
-def attempt(job: TuneJob, limit_bytes: int | None) -> dict[str, Any]:
+def attempt(job: TuneJob, limit_bytes: int | None, *options: str) -> dict[str, Any]:
     """Run a job in its own process and judge it; `killed` if it held more than its limit and was ended for it."""
     with caged(limit_bytes) as cage:
-        command = [sys.executable, "-m", "bench._budget_run", json.dumps(job.to_dict())]
+        command = [sys.executable, "-m", "bench._budget_run", json.dumps(job.to_dict()), *options]
         if cage:
             command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(cage), *command]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -178,9 +178,10 @@ def _cage(limit_bytes: int) -> Path | None:
 
 
 def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
-    """Run a job under its budget; a refused one again in the smallest that would do, as the planner says."""
+    """Run a job under its budget; one that is refused again, in spite of it."""
     budget = parse_bytes(job.memory)
-    result = attempt(job, max(budget, int(PLANNING * base_bytes)))
+    limit = max(budget, int(PLANNING * base_bytes))
+    result = attempt(job, limit)
     line = {"job": job.to_dict(), "budget_bytes": budget} | result
     if result["outcome"] == "finished":
         verdict = "finished" if result["peak_bytes"] <= budget else "over its budget"
@@ -188,13 +189,12 @@ def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
     if result["outcome"] != "refused":
         killed = result["outcome"] == "killed"
         return line | {"verdict": "killed" if killed else "failed"}
-    smallest = result["smallest_bytes"]
-    least = TuneJob.from_dict(result["least"]).replace(memory=f"{smallest}B", out=job.out)
-    run = attempt(least, max(smallest, int(PLANNING * base_bytes)))
-    if run["outcome"] != "finished":
-        return line | {"verdict": "refused, unknown", "least_run": run}
-    share = (run["peak_bytes"] + RESERVE) / budget
-    return line | {"verdict": "refused rightly" if share > 1 else "refused wrongly", "share": share, "least_run": run}
+    forced = attempt(job, limit, "--insist")
+    line |= {"forced": forced, "share": result["predicted_bytes"] / budget}
+    if forced["outcome"] == "finished":
+        return line | {"verdict": "refused wrongly"}
+    stopped = forced["outcome"] == "killed" or "out of memory" in forced["error"] or OVER_BUDGET in forced["error"]
+    return line | {"verdict": "refused rightly" if stopped else "refused, unknown"}
 
 
 def base_bytes(work: Path) -> int:
@@ -220,7 +220,7 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("shown not to fit", counts["refused rightly"]),
         ("would have fitted", counts["refused wrongly"]),
         ("could not be shown", counts["refused, unknown"]),
-        ("lowest (peak + reserve) / budget of a refused job", _extreme(min, shares, REFUSED)),
+        ("lowest prediction / budget of a refused job", _extreme(min, shares, REFUSED)),
     ]
     return [{"what": name, "value": value} for name, value in rows]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from satchel.core.serve_seams import Draft, Feed, Skipper
 from satchel.model.decoder import Decoder
 from satchel.model.paged import Pages, Row, Stretch
+from satchel.model.tiles import TiledLinear
 
 # N tokens of a step, R rows of them, D width, V vocabulary
 
@@ -30,17 +32,17 @@ class Part:
     first: int  # row of its first token in the step
     said: int = -1  # tokens of the answer before its first token; below 0: tokens of the prompt from there on
 
-    @property
+    @cached_property
     def fed(self) -> int:
         """Tokens in all."""
         return len(self.tokens) + len(self.draft)
 
-    @property
+    @cached_property
     def all_rows(self) -> range:
         """The rows of all its tokens."""
         return range(self.first, self.first + self.fed)
 
-    @property
+    @cached_property
     def rows(self) -> range:
         """The rows of its last certain token and its guesses, which say what comes next."""
         return range(self.first + len(self.tokens) - 1, self.first + self.fed)
@@ -70,8 +72,9 @@ def _said(parts: Sequence[Part], row: Row) -> Tensor:
 
 @torch.inference_mode()
 def logits(model: Decoder, x_RD: Tensor) -> Tensor:
-    """Logits in float32, [R, V]."""
+    """Logits in float32, [R, V]; those of a head in tiles are never rounded to less."""
     rows = len(x_RD)
+    x_RD = x_RD.float() if isinstance(model.lm_head, TiledLinear) else x_RD
     filler_D = x_RD[-1:].expand(padded(rows) - rows, -1)
     return model.logits(torch.cat([x_RD, filler_D])[None])[0, :rows].float()
 

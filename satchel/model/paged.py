@@ -14,6 +14,7 @@ a compiler, torch gathers one sequence's pages at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -115,16 +116,23 @@ class Stretch:
     tokens: int
     parents: Sequence[int] = ()  # of a tree, which its last tokens are: each the number of an earlier one, -1: none
 
-    def sight(self) -> np.ndarray:
-        """Of each token, [3, T]: the slot below which it sees all, those from there on as bits, its position."""
-        slot_T = np.arange(self.past, self.past + self.tokens)
-        sight_3T = np.stack([slot_T + 1, np.zeros_like(slot_T), slot_T])
-        if self.parents:
-            begin, branches = self.past + self.tokens - len(self.parents), ancestry(self.parents)[-self.tokens :]
-            sight_3T[:, -len(branches) :] = list(
+
+def sights(stretches: Sequence[Stretch]) -> np.ndarray:
+    """Of each token, [3, N]: the slot below which it sees all, those from there on as bits, its position."""
+    tokens = [stretch.tokens for stretch in stretches]
+    first = [0, *accumulate(tokens)][:-1]
+    begins = [stretch.past - at for stretch, at in zip(stretches, first, strict=True)]
+    slot_N = np.arange(sum(tokens)) + np.repeat(np.array(begins, dtype=np.int64), tokens)
+    sight_3N = np.stack([slot_N + 1, np.zeros_like(slot_N), slot_N])
+    for stretch, at in zip(stretches, first, strict=True):
+        if stretch.parents:
+            begin = stretch.past + stretch.tokens - len(stretch.parents)
+            branches = ancestry(stretch.parents)[-stretch.tokens :]
+            end = at + stretch.tokens
+            sight_3N[:, end - len(branches) : end] = list(
                 zip(*((begin, b, begin + b.bit_count() - 1) for b in branches), strict=True)
             )
-        return sight_3T
+    return sight_3N
 
 
 def ancestry(parents: Sequence[int]) -> list[int]:
@@ -150,10 +158,13 @@ class Row:
         starts = [0, *accumulate(map(len, used))]
         rows = [starts[:-1], first[:-1], [stretch.past for stretch in stretches], first[1:]]
         self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
-        sights = np.concatenate([stretch.sight() for stretch in stretches], axis=1)
-        self.sight_3N = torch.tensor(sights, dtype=torch.int64, device=device)  # see `Stretch.sight`
+        self.sight_3N = torch.tensor(sights(stretches), dtype=torch.int64, device=device)
         self.position_N = torch.cat([self.sight_3N[2], self.sight_3N.new_zeros(self.filler)])
-        self.layers = [LayerPages(self, index) for index in range(pages.data.shape[1])]
+
+    @cached_property
+    def layers(self) -> list["LayerPages"]:
+        """The row as each layer sees it."""
+        return [LayerPages(self, index) for index in range(self.pages.data.shape[1])]
 
     @property
     def sight(self) -> dict[str, Tensor]:
@@ -219,7 +230,7 @@ def paged_attention_in_torch(
     """Out [N, H, E]; zero where a row is filler. Keys and values of one layer are [blocks, K, P * E].
 
     `bounds` holds for each sequence where its table begins in `pages`, its first new token's row, the tokens before it,
-    and the row after its last new token; `sight` is what `Stretch.sight` says.
+    and the row after its last new token; `sight` is what `sights` says.
     """
     dim, heads = q_NHE.shape[-1], k_NKE.shape[1]
     keys_KEP, values_KPE = keys.view(-1, heads, dim, PAGE), values.view(-1, heads, PAGE, dim)

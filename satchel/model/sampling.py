@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,13 @@ def choose_in_torch(logits_V: Tensor, how: Sampling, key: int) -> int:
 def likeliest(logits_V: Tensor) -> int:
     """Where the highest value stands; the first of equals. On a CPU numpy finds it thirty times sooner than torch."""
     return int(logits_V.numpy().argmax() if logits_V.device.type == "cpu" else logits_V.argmax())
+
+
+def sound(logits_RV: Tensor) -> list[bool]:
+    """Whether the highest value of each row is a number, and none is no number at all. By numpy as in `likeliest`."""
+    if logits_RV.device.type == "cpu":
+        return np.isfinite(logits_RV.numpy().max(1)).tolist()
+    return logits_RV.amax(1).isfinite().tolist()
 
 
 def probabilities(logits_V: Tensor, how: Sampling, history: History = History()) -> Tensor:

@@ -1,12 +1,11 @@
 """Attention over pages equals attention over the whole past, however the tokens arrive and whatever the company."""
 
-import numpy as np
 import pytest
 import torch
 
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.paged import PAGE, Pool, Row, Stretch, ancestry, paged_attention_in_torch
+from satchel.model.paged import PAGE, Pool, Row, Stretch, ancestry, paged_attention_in_torch, sights
 from satchel.native import levels
 from satchel.native import paged as native
 from tests.model.families import SHAPE
@@ -65,13 +64,13 @@ def plainly(q, k, v, pasts, window, cap, scale=0.3):
     return torch.stack(out)
 
 
-def sights(parents=((),) * 5, new_tokens=NEW):
+def seen_by(parents=((),) * 5, new_tokens=NEW):
     stretches = [Stretch((), past, new, tree) for past, new, tree in zip(PASTS, new_tokens, parents, strict=True)]
-    return torch.tensor(np.concatenate([stretch.sight() for stretch in stretches], axis=1))
+    return torch.tensor(sights(stretches))
 
 
 def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0, sight=None):
-    sight = sights() if sight is None else sight
+    sight = seen_by() if sight is None else sight
     keys, values = data[:, 0], data[:, 1]
     run = torch.ops.satchel.paged_attention if path == "native" else paged_attention_in_torch
     return run(*shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap)
@@ -119,7 +118,7 @@ def test_a_guess_sees_its_own_branch(path, dtype, window, cap, heads, kv_heads, 
     """Trees that begin within a page and end beyond it, as deep as a window and deeper."""
     new = tuple(certain + guesses for certain, guesses in zip(NEW, TREES, strict=True))
     shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim, new)
-    out = attended(path, shaped, data, pages_M, bounds, window, cap, sights(PARENTS, new))
+    out = attended(path, shaped, data, pages_M, bounds, window, cap, seen_by(PARENTS, new))
     assert same(out, by_branch(*shaped, pasts, window, cap).to(dtype))
 
 
@@ -127,12 +126,12 @@ def test_a_chain_is_seen_as_tokens_that_are_certain(path):
     shaped, data, pages_M, bounds, _ = problem(torch.float32)
     chains = [range(-1, new - 1) for new in NEW]
     plain = attended(path, shaped, data.clone(), pages_M, bounds)
-    assert same(attended(path, shaped, data, pages_M, bounds, sight=sights(chains)), plain)
+    assert same(attended(path, shaped, data, pages_M, bounds, sight=seen_by(chains)), plain)
 
 
 def test_a_tree_of_which_a_part_is_cached_goes_on_where_it_stood():
     parents = [-1, -1, 0, 1, 1, 2]
-    whole, late = Stretch((), 30, 6, parents).sight(), Stretch((), 33, 3, parents).sight()
+    whole, late = (sights([Stretch((), past, new, parents)]) for past, new in ((30, 6), (33, 3)))
     assert (whole[:, 3:] == late).all()
     assert whole[0].tolist() == [30] * 6 and whole[2].tolist() == [30, 30, 31, 31, 31, 32]
     assert ancestry(parents) == whole[1].tolist() == [1, 2, 0b101, 0b1010, 0b10010, 0b100101]
@@ -190,7 +189,7 @@ def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window
             bounds = torch.tensor([[0, used], [0, cut], [at, 0], [cut, cut + 3]], dtype=torch.int32)
             bounds = bounds if company else bounds[:, :1].contiguous()
             stretches = [Stretch((), at, cut), Stretch((), 0, 3)][: bounds.shape[1]]
-            sight = torch.tensor(np.concatenate([stretch.sight() for stretch in stretches], axis=1))
+            sight = torch.tensor(sights(stretches))
             outs.append(attended("native", shaped, data, pages, bounds, window, sight=sight)[:cut])
             at += cut
         torch.set_num_threads(before)

@@ -8,11 +8,10 @@ import random
 import sys
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 
 from satchel.model.bank import add_low_rank
-from satchel.model.paged import PAGE, Stretch
+from satchel.model.paged import PAGE, Stretch, sights
 from satchel.native import gated, levels, linear, rms_norm, rotate, sample
 from satchel.native.pointwise import ACTS
 from satchel.optim._shared import STORES, adam_, zero_moments
@@ -71,8 +70,7 @@ def attention(rng):
     bounds = torch.tensor([table[:-1], first[:-1], past, first[1:]], dtype=torch.int32)
     pages, how = torch.randperm(sum(sizes)).int(), (0.1, rng.choice((0, 1, 20)), rng.choice((0.0, 5.0)))
     parents = [[rng.randrange(-1, i) for i in range(rng.choice((0, n)))] for n in new]
-    sights = [Stretch((), p, n, tree).sight() for p, n, tree in zip(past, new, parents, strict=True)]
-    sight = torch.tensor(np.concatenate(sights, axis=1))
+    sight = torch.tensor(sights([Stretch((), p, n, tree) for p, n, tree in zip(past, new, parents, strict=True)]))
     torch.ops.satchel.paged_attention(q, k, v, data[:, 0], data[:, 1], pages, bounds, sight, *how)
 
 
