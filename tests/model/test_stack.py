@@ -14,6 +14,7 @@ from satchel.core.book import make
 from satchel.core.request import Request, Sampling
 from satchel.model.bank import Bank, LowRank, Span
 from satchel.model.decoder import Decoder
+from satchel.model.forward import logits
 from satchel.model.linear import dense_OI, linears, swap
 from satchel.model.load import load
 from satchel.model.paged import Pool, Row, Stretch
@@ -71,6 +72,15 @@ def one_by_one(model: Decoder, *how) -> list[torch.Tensor]:
         return steps(model, *how)
     finally:
         model._blocks = None
+
+
+def test_logits_are_not_rounded_to_the_dtype_of_the_blocks(sources):
+    model = loaded(sources["llama"], torch.bfloat16)
+    (x_ND,) = steps(model, ((5,),))
+    found_NV = logits(model, x_ND)
+    assert found_NV.dtype == torch.float32 and x_ND.dtype == torch.bfloat16
+    assert not torch.equal(found_NV, found_NV.bfloat16().float())
+    assert torch.equal(found_NV.bfloat16(), model.logits(x_ND[None])[0])
 
 
 def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> bool:
