@@ -74,6 +74,7 @@ def one_by_one(model: Decoder, *how) -> list[torch.Tensor]:
         model._blocks = None
 
 
+@torch.inference_mode()
 def test_logits_are_not_rounded_to_the_dtype_of_the_blocks(sources):
     model = loaded(sources["llama"], torch.bfloat16)
     (x_ND,) = steps(model, ((5,),))
