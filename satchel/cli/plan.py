@@ -57,7 +57,10 @@ def plan_pretrain(job: PretrainJob, explain: Explain = False, as_json: AsJson = 
 def _plan(job: Job, explain: bool, as_json: bool) -> None:
     """Print the plan; exit code 2 if nothing fits."""
     from satchel.run.planner import plan
+    from satchel.run.records import require_source
 
+    for path in job.paths:
+        require_source(path)
     if as_json:
         made = plan(job)
     else:

@@ -80,6 +80,11 @@ class Job:
         """The learning rate at the schedule's peak: the one given, or what is usual for such a job."""
         return self.lr or (LR_FULL if self.adapter == "none" else LR_ADAPTER)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where all of its data lies."""
+        raise NotImplementedError
+
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
         """The fields with the comments behind them."""
@@ -140,6 +145,11 @@ class TuneJob(Job):
     adapter: str = "lora"  # such as lora:rank=8,alpha=16; none tunes all weights
     packing: bool = True  # several documents in a row, without attention between them
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See `Job`."""
+        return (self.data, self.eval_data) if self.eval_data else (self.data,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob(Job):
@@ -171,6 +181,11 @@ class PretrainJob(Job):
         """Path and weight of each source; None where no weight is given."""
         return tuple(map(weighted, self.data))
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See `Job`."""
+        return (*(path for path, _ in self.sources), *self.eval_data)
+
     def bounds(self) -> Iterator[Bound]:
         """See `Job`."""
         yield from super().bounds()
@@ -180,8 +195,7 @@ class PretrainJob(Job):
         yield "data", len(given) in (0, len(weights)), "give a weight to every source, or to none"
         sound = all(0 <= weight < math.inf for weight in given) and (not given or sum(given) > 0)
         yield "data", sound, "weights are 0 or above, and one of them is above 0"
-        paths = [*(path for path, _ in self.sources), *self.eval_data]
-        yield "data", len(set(paths)) == len(paths), "name each source once, in data or in eval_data"
+        yield "data", len(set(self.paths)) == len(self.paths), "name each source once, in data or in eval_data"
         adapted = self.scratch and self.adapter != "none"
         yield "scratch", not adapted, "random weights are trained themselves; leave the adapter out"
 

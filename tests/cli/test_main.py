@@ -63,6 +63,8 @@ def test_show_prints_each_knob_with_type_default_and_comment(satchel):
             ("plan", "tune", "--model", "demo", "--data", "demo", "--eval-share", "0.9"),
             "share of the documents held out, [0, 0.5]",
         ),
+        (("plan", "tune", "--model", "demo", "--data", "dmeo.jsonl"), "data: dmeo.jsonl does not exist"),
+        (("plan", "pretrain", "--model", "demo", "--data", "demo:1", "--data", "b.txt:2"), "b.txt does not exist"),
         (("pretrain", "--model", "demo", "--data", "a:1", "--data", "b"), "give a weight to every source, or to none"),
         (("pretrain", "--model", "demo", "--data", "a", "--mixture", "fixt"), "did you mean 'fixed'"),
         (("bench", "tnue"), "no bench 'tnue'"),
