@@ -5,12 +5,14 @@ import pytest
 from bench._company_run import main
 
 WITHIN = 0.005  # of the perplexity: the bound that the server's users are told
+# Greedy tokens that other company may change, at most. Rounding to bfloat16 moves 1 to 2% of them; matrices of 8 bits and
+# less, whose inputs have 8 bits in steps of up to 31 tokens and 16 in others, 2.5 to 4.3% (bench/company, docs/SERVE.md).
+CHANGED = {("fp32", "none"): 0.0, ("bf16", "none"): 0.03, ("bf16", "int8"): 0.05, ("bf16", "int4"): 0.05}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "storage"), [("fp32", "none"), ("bf16", "none"), ("bf16", "int8"), ("bf16", "int4")])
+@pytest.mark.parametrize(("dtype", "storage"), CHANGED)
 def test_perplexity_is_that_of_transformers_on_the_dequantised_model(dtype, storage):
     found = main({"model": "demo", "dtype": dtype, "format": storage, "texts": 8, "tokens": 96})
     assert found["perplexity"] == pytest.approx(found["theirs"]["fp32"], rel=WITHIN)
-    worst = max(kind["changed"] for kind in found["compositions"].values())
-    assert worst == 0 if dtype == "fp32" else worst < 0.03
+    assert max(kind["changed"] for kind in found["compositions"].values()) <= CHANGED[dtype, storage]
