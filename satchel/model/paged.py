@@ -14,7 +14,6 @@ a compiler, torch gathers one sequence's pages at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -160,11 +159,13 @@ class Row:
         self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
         self.sight_3N = torch.tensor(sights(stretches), dtype=torch.int64, device=device)
         self.position_N = torch.cat([self.sight_3N[2], self.sight_3N.new_zeros(self.filler)])
+        self._layers: list[LayerPages] = []
 
-    @cached_property
+    @property
     def layers(self) -> list["LayerPages"]:
-        """The row as each layer sees it."""
-        return [LayerPages(self, index) for index in range(self.pages.data.shape[1])]
+        """The row as each layer sees it; made when first asked for: all blocks as one operator never do."""
+        self._layers = self._layers or [LayerPages(self, index) for index in range(self.pages.data.shape[1])]
+        return self._layers
 
     @property
     def sight(self) -> dict[str, Tensor]:
