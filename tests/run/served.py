@@ -15,8 +15,9 @@ from satchel.core.request import Request, Sampling
 from satchel.core.serve import ServeJob
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.linear import dense_OI, linears, swap
+from satchel.model.load import load
 from satchel.model.save import save
+from satchel.model.source import find_source
 from satchel.run.capacity import rehearse_all, second_models
 from satchel.run.engine import Engine
 from satchel.run.memory import install_pool
@@ -27,23 +28,14 @@ LLAMA |= {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads
 LLAMA |= {"max_position_embeddings": 1024, "tie_word_embeddings": True}
 
 
-def stored(config: ModelConfig, storage: str) -> Decoder:
-    """A model of random weights in a format."""
-    model = Decoder(config, torch.bfloat16)
+def saved(folder: str, **changes: int) -> str:
+    """A folder with a model of random weights."""
+    model = Decoder(ModelConfig.from_hf(LLAMA | changes), torch.bfloat16)
     model.init_weights(torch.Generator().manual_seed(0))
-    if method := make("format", storage):
-        for path, module in linears(model).items():
-            swap(model, path, method.pack(dense_OI(module)))
-    return model
+    return str(save(model, folder))
 
 
-def small_model(home: str) -> str:
-    """A folder with a model of two layers."""
-    model = stored(ModelConfig.from_hf(LLAMA | {"num_hidden_layers": 2}), "none")
-    return str(save(model, f"{home}/small"))
-
-
-def peaks(storage: str, decoding: str = "plain") -> tuple[int, int]:
+def peaks(model: str, storage: str, decoding: str = "plain") -> tuple[int, int]:
     """Predicted bytes of weights and workspace, then measured ones, the pool left out."""
     gc.collect()
     pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
@@ -51,7 +43,8 @@ def peaks(storage: str, decoding: str = "plain") -> tuple[int, int]:
     job = ServeJob(model="toy", format=storage, step_tokens=256, decoding=decoding)
     predicted = sum(rehearse_all(job, [config, *second_models(job)], "cpu").values())
     limits = Limits(blocks=100, batch=32, step_tokens=256, context=1024)
-    engine = Engine(stored(config, storage), limits, decoding=decoding)
+    served = load(find_source(model), torch.bfloat16, format=make("format", storage), frozen=True)
+    engine = Engine(served, limits, decoding=decoding)
     pages.reset_peak()
     for length, temperature in ((700, 0.0), (256, 1.0), *((9, 0.7),) * 20):
         engine.submit(Request(prompt=(5,) * length, max_tokens=4, sampling=Sampling(temperature=temperature)))
@@ -63,6 +56,6 @@ def peaks(storage: str, decoding: str = "plain") -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
-        small = small_model(home)
+        whole, small = saved(f"{home}/whole"), saved(f"{home}/small", num_hidden_layers=2)
         ahead = {name: ("none", f"{name}:model={small}") for name in ("draft", "rsd")}
-        print(json.dumps({name: peaks(*ahead.get(name, (name,))) for name in sys.argv[1:]}))
+        print(json.dumps({name: peaks(whole, *ahead.get(name, (name,))) for name in sys.argv[1:]}))
