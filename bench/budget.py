@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ TOKENS = 1024  # of a step, at most
 SHARES = (0.6, 1.5)  # a budget's share of the predicted peak
 REFUSED = ("refused rightly", "refused wrongly")
 PATIENCE_S = 1800
+LATE = "no end within"
 PLANNING = 1.1  # a process may hold this many times what planning took before, so that it can refuse at all
 CGROUPS = (  # (the folder of groups, the file that limits one): version 2, version 1
     (Path("/sys/fs/cgroup"), "memory.max"),
@@ -113,7 +115,10 @@ def attempt(job: TuneJob, limit_bytes: int | None, *options: str) -> dict[str, A
     if "outcome" in result:
         return result
     last = (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-    return result | {"outcome": "killed" if over or child.returncode < 0 else "failed", "error": over or last}
+    return result | {
+        "outcome": "killed" if over or child.returncode == -signal.SIGKILL else "failed",
+        "error": over or last,
+    }
 
 
 def watch(child: subprocess.Popen, limit_bytes: int | None, pause_s: float = 0.02) -> str:
@@ -124,7 +129,7 @@ def watch(child: subprocess.Popen, limit_bytes: int | None, pause_s: float = 0.0
         late = time.monotonic() - begin > PATIENCE_S
         if late or (limit_bytes and peak > limit_bytes):
             child.kill()
-            return f"no end within {PATIENCE_S} s" if late else f"held {peak} bytes of {limit_bytes}"
+            return f"{LATE} {PATIENCE_S} s" if late else f"held {peak} bytes of {limit_bytes}"
         time.sleep(pause_s)
     return ""
 
@@ -193,8 +198,14 @@ def judge(job: TuneJob, base_bytes: int) -> dict[str, Any]:
     line |= {"forced": forced, "share": result["predicted_bytes"] / budget}
     if forced["outcome"] == "finished":
         return line | {"verdict": "refused wrongly"}
-    stopped = forced["outcome"] == "killed" or "out of memory" in forced["error"] or OVER_BUDGET in forced["error"]
-    return line | {"verdict": "refused rightly" if stopped else "refused, unknown"}
+    return line | {"verdict": "refused rightly" if for_memory(forced) else "refused, unknown"}
+
+
+def for_memory(stopped: dict[str, Any]) -> bool:
+    """Whether memory was why a run ended early: the governor's limit, the control group's, or `watch`'s."""
+    if stopped["outcome"] == "killed":
+        return LATE not in stopped["error"]
+    return any(words in stopped["error"] for words in (OVER_BUDGET, "out of memory"))
 
 
 def base_bytes(work: Path) -> int:
@@ -255,7 +266,8 @@ def main(given: list[str] | None = None) -> Path:
 
 
 def _tell(line: dict[str, Any], number: int, total: int) -> None:
-    job, share = line["job"], f", peak / budget {line['share']:.2f}" if "share" in line else ""
+    what = "prediction" if line["verdict"].startswith("refused") else "peak"
+    job, share = line["job"], f", {what} / budget {line['share']:.2f}" if "share" in line else ""
     method = " ".join(str(job[name]) for name in ("adapter", "optimizer", "format", "activations", "dtype"))
     size = f"{Path(job['model']).name} {job['batch']} x {job['context']}"
     print(f"[{number}/{total}] {size} {method}: {line['verdict']}{share} {line.get('error', '')}", flush=True)

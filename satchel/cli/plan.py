@@ -54,7 +54,7 @@ def plan_pretrain(job: PretrainJob, explain: Explain = False, as_json: AsJson = 
     _plan(job, explain, as_json)
 
 
-def _plan(job: Job, explain: bool, as_json: bool) -> None:
+def _plan(job: TuneJob | PretrainJob, explain: bool, as_json: bool) -> None:
     """Print the plan; exit code 2 if nothing fits."""
     from satchel.run.planner import plan
     from satchel.run.records import require_source

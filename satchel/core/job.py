@@ -80,11 +80,6 @@ class Job:
         """The learning rate at the schedule's peak: the one given, or what is usual for such a job."""
         return self.lr or (LR_FULL if self.adapter == "none" else LR_ADAPTER)
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Where all of its data lies."""
-        raise NotImplementedError
-
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
         """The fields with the comments behind them."""
@@ -147,7 +142,7 @@ class TuneJob(Job):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """See `Job`."""
+        """Where all of its data lies."""
         return (self.data, self.eval_data) if self.eval_data else (self.data,)
 
 
@@ -183,7 +178,7 @@ class PretrainJob(Job):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """See `Job`."""
+        """Where all of its data lies."""
         return (*(path for path, _ in self.sources), *self.eval_data)
 
     def bounds(self) -> Iterator[Bound]:

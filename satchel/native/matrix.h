@@ -42,6 +42,7 @@ const uint8_t* group_of(const Format& format, const Matrix& m, int group) {
 }
 
 // Asks for what is read soon: the processor looks ahead by itself, but only to the end of a page of 4 KiB.
+// Beyond the matrix nothing comes of it.
 inline void look_ahead(const uint8_t* from, int64_t bytes) {
   constexpr int kAhead = 2048;
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + kAhead + i);

@@ -208,15 +208,14 @@ class Engine:
 
     def _answer_some(self, group: list[tuple[Sequence, Part]], x_ND: Tensor) -> list[Event]:
         logits_RV = logits(self.model, x_ND[[row for _, part in group for row in part.rows]])
-        split, sound_R = logits_RV.split([len(part.rows) for _, part in group]), iter(sound(logits_RV))
-        events = []
-        for (s, part), mine_RV in zip(group, split, strict=True):
-            fine = all([next(sound_R) for _ in part.rows])
-            events += self._answer(s, part.draft, mine_RV) if fine else self._end(s, "error", BROKEN)
-        return events
+        split = logits_RV.split([len(part.rows) for _, part in group])
+        told = [self._answer(s, part.draft, mine_RV) for (s, part), mine_RV in zip(group, split, strict=True)]
+        return [event for events in told for event in events]
 
     def _answer(self, s: Sequence, draft: Draft, logits_RV: Tensor) -> list[Event]:
         """What the logits after all its tokens make of a sequence, and of answers that begin with the same prompt."""
+        if not sound(logits_RV):
+            return self._end(s, "error", BROKEN)
         siblings = self.siblings.pop(s.id, [])
         for sibling in siblings:
             self.scheduler.fork(s, sibling)

@@ -48,6 +48,27 @@ def test_a_job_that_fits_finishes_and_one_that_cannot_is_refused_rightly(job):
     assert budget.judge(job.replace(memory="300MiB"), 1 << 29)["verdict"] == "refused rightly"
 
 
+@pytest.mark.parametrize(
+    ("outcome", "error", "verdict"),
+    [
+        ("finished", "", "refused wrongly"),
+        ("killed", "held 9 bytes of 8", "refused rightly"),
+        ("killed", "exit code -9", "refused rightly"),
+        ("killed", "no end within 1800 s", "refused, unknown"),
+        ("failed", "JobError: out of memory of 1 MiB with one row at a time", "refused rightly"),
+        ("failed", f"OutOfMemoryError: {budget.OVER_BUDGET}: 9 bytes more", "refused rightly"),
+        ("failed", "ValueError: anything else", "refused, unknown"),
+    ],
+)
+def test_a_refusal_is_right_if_memory_stops_the_run_that_insists(job, monkeypatch, outcome, error, verdict):
+    def attempt(job, limit_bytes, *options):
+        return {"outcome": outcome, "error": error} if options else {"outcome": "refused", "predicted_bytes": 3 << 30}
+
+    monkeypatch.setattr(budget, "attempt", attempt)
+    line = budget.judge(job, 1 << 28)
+    assert (line["verdict"], line["share"]) == (verdict, 1.5)
+
+
 def test_the_table_counts_every_job_once():
     lines = [{"verdict": "finished", "share": 0.9}, {"verdict": "killed"}, {"verdict": "refused rightly", "share": 1.1}]
     table = {row["what"]: row["value"] for row in budget.summary(lines)}
