@@ -13,7 +13,7 @@ from rich.text import Text
 from satchel.cli.console import out, table
 from satchel.cli.options import takes_job
 from satchel.core.card import ACCOUNTS
-from satchel.core.job import Job, PretrainJob, TuneJob
+from satchel.core.job import PretrainJob, TuneJob
 from satchel.core.report import Report
 from satchel.core.units import format_bytes, format_seconds
 
