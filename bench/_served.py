@@ -6,7 +6,7 @@ from satchel.core.book import make
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.source import Source
-from satchel.run.serve import storage
+from satchel.model.storage import storage
 
 
 def served_model(source: Source, format: str = "auto") -> Decoder:

@@ -49,15 +49,16 @@ class _Speaker:
         from satchel.core.book import make
         from satchel.model.load import load
         from satchel.model.source import find_source, load_tokenizer
+        from satchel.model.storage import storage
         from satchel.run.device import resolve
-        from satchel.run.serve import storage
 
         with err.status(f"loading {model}"):
             source = find_source(model)
             self.tokenizer = load_tokenizer(source)
             device = resolve(device)
-            format = make("format", storage("auto", source, device, dtype))
-            self.model = load(source, torch.bfloat16 if dtype == "bf16" else torch.float32, device, format, frozen=True)
+            kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+            format = make("format", storage("auto", source, device, kind))
+            self.model = load(source, kind, device, format, frozen=True)
             if adapter:
                 load_peft(self.model, adapter)
         self.system = system

@@ -16,8 +16,8 @@ from satchel.core.seams import Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from satchel.model.config import ModelConfig
     from satchel.model.paged import Pages
+    from satchel.model.source import Source
     from satchel.model.tokenizer import Tokenizer
 
 
@@ -157,12 +157,20 @@ class Proposer(ABC):
         """The answer ended."""
 
 
+@dataclass(frozen=True)
+class Second:
+    """A model that runs beside the one that answers."""
+
+    source: Source
+    format: str = "auto"  # of its weights
+
+
 class Decoding(Method):
     """How an answer's next tokens are found."""
 
     slot = "decoding"
 
-    def beside(self) -> ModelConfig | None:
+    def beside(self) -> Second | None:
         """The second model that it runs, whose keys and values lie in the pool's blocks too; None: there is none."""
         return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from satchel.core.serve_seams import Draft, Proposer, Speaker
 from satchel.model.forward import Part, groups, hidden, logits, padded, states
 from satchel.model.paged import PAGE, Pages, Row, Stretch
-from satchel.model.sampling import History, choose, mix
+from satchel.model.sampling import History, choose, mix, sound
 
 if TYPE_CHECKING:
     from satchel.model.decoder import Decoder
@@ -166,7 +166,7 @@ class Drafter(Proposer, Generic[Some]):
             counts = [len(line.level) for line in some]
             logits_RV = logits(self.model, x_RD[first : first + sum(counts)])[:, : self.vocabulary]
             for line, logits_LV in zip(some, logits_RV.split(counts), strict=True):
-                line.broken = not bool(logits_LV.amax(1).isfinite().all())
+                line.broken = not sound(logits_LV)
                 if not line.broken:
                     self.grow(line, logits_LV)
             first += sum(counts)

@@ -17,15 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from satchel.core.book import make
 from satchel.core.card import Card
 from satchel.core.errors import ModelError
-from satchel.core.serve_seams import Decoding, Proposer
+from satchel.core.serve_seams import Decoding, Proposer, Second
 from satchel.decode._drafter import Chain, Drafter
 from satchel.model.load import load
 from satchel.model.source import find_source, load_tokenizer
+from satchel.model.storage import storage
 
 if TYPE_CHECKING:
-    from satchel.model.config import ModelConfig
     from satchel.model.decoder import Decoder
     from satchel.model.paged import Pages
     from satchel.model.tokenizer import Tokenizer
@@ -46,14 +47,15 @@ class Draft(Decoding):
 
     model: str = ""  # the small one: a Hugging Face folder, a .gguf file, or a hub id, with the large one's tokenizer
     tokens: int = 4  # guessed at once, at most, [1, 63]
+    format: str = "auto"  # of the small one's weights: as --format has it
 
     def __post_init__(self) -> None:
         self.require(1 <= self.tokens <= 63, f"tokens={self.tokens} is outside [1, 63]; 4 is usual")
         self.require(bool(self.model), f"there is no small model; name one: {self.name}:model=FOLDER")
 
-    def beside(self) -> ModelConfig:
-        """The small model's."""
-        return find_source(self.model).config
+    def beside(self) -> Second:
+        """The small model."""
+        return Second(find_source(self.model), self.format)
 
     def start(self, model: Decoder, pages: Pages | None = None, tokenizer: Tokenizer | None = None) -> Proposer:
         """Loads the small model, in the large one's dtype."""
@@ -67,7 +69,8 @@ class Draft(Decoding):
         )
         if tokenizer is not None:
             require_same_tokens(tokenizer, load_tokenizer(source), self.model)
-        small = load(source, model.dtype, model.device)
+        format = make("format", storage(self.format, source, model.device, model.dtype))
+        small = load(source, model.dtype, model.device, format, frozen=True)
         return self.drafter(small.requires_grad_(False), pages, model.config.vocab)
 
     def drafter(self, small: Decoder, pages: Pages, vocabulary: int) -> Drafter:

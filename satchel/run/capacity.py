@@ -19,13 +19,14 @@ from satchel.core.book import make
 from satchel.core.errors import DoesNotFit, UserError
 from satchel.core.request import Sampling
 from satchel.core.serve import ServeJob
-from satchel.core.serve_seams import Draft
+from satchel.core.serve_seams import Draft, Second
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
 from satchel.model.paged import PAGE, Pool, block_bytes
 from satchel.model.sampling import gumbel, kept
 from satchel.model.source import Source
+from satchel.model.storage import storage
 from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
 from satchel.run.memory import available_bytes, resident_bytes
@@ -60,10 +61,11 @@ def capacity(
     """
     if job.context > config.context:
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
-    models = [config, *second_models(job)]
+    seconds = second_models(job)
+    models = [config, *(second.source.config for second in seconds)]
     context, each = job.context or config.context, sum(block_bytes(model, DTYPES[job.dtype]) for model in models)
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
-    tensors = rehearse_all(job, models, device, source)
+    tensors = rehearse_all(job, config, seconds, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"], GROWTH)}
     if reserve_bytes and device != "cuda":
         accounts["requests"] = reserve_bytes
@@ -80,19 +82,20 @@ def capacity(
     return Capacity(limits, budget, accounts | {"kv": blocks * each})
 
 
-def second_models(job: ServeJob) -> list[ModelConfig]:
+def second_models(job: ServeJob) -> list[Second]:
     """What runs beside the job's model, if anything does."""
     found = make("decoding", job.decoding).beside()
     return [found] if found else []
 
 
 def rehearse_all(
-    job: ServeJob, models: Sequence[ModelConfig], device: str, source: Source | None = None
+    job: ServeJob, config: ModelConfig, seconds: Sequence[Second], device: str, source: Source | None = None
 ) -> dict[str, int]:
     """Bytes by account at the peak, of the models together: one runs at a time, and their weights all stay."""
-    first, *others = models
-    found = [rehearse_engine(job, first, device, source)]
-    found += [rehearse_engine(job.replace(format="none"), other, device) for other in others]
+    found = [rehearse_engine(job, config, device, source)]
+    for second in seconds:
+        format = storage(second.format, second.source, device, DTYPES[job.dtype])
+        found.append(rehearse_engine(job.replace(format=format), second.source.config, device, second.source))
     highest = max(found, key=lambda accounts: sum(accounts.values()) - accounts["weights"])
     return highest | {"weights": sum(accounts["weights"] for accounts in found)}
 

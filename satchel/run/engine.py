@@ -64,7 +64,8 @@ class Engine:
         """The pool is allocated here. Without a `tokenizer`, events have no text and stop texts are refused."""
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
         how = make("decoding", decoding)
-        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context, how.beside())
+        beside = second.source.config if (second := how.beside()) else None
+        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context, beside)
         self.shelf = make("preemption", preemption).start(self.pool.data)
         blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)

@@ -18,9 +18,9 @@ from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
 from satchel.model.load import load
 from satchel.model.paged import PAGE
-from satchel.model.source import Source, find_source, load_tokenizer
+from satchel.model.source import find_source, load_tokenizer
+from satchel.model.storage import storage
 from satchel.model.tokenizer import Tokenizer
-from satchel.native.linear import GROUP, kernel
 from satchel.run.assemble import DTYPES
 from satchel.run.capacity import Capacity, capacity, second_models
 from satchel.run.device import resolve
@@ -59,9 +59,9 @@ def open_service(
     source = find_source(job.model)
     tokenizer = load_tokenizer(source)
     other = beside(tokenizer, source.config.vocab)
-    job = job.replace(format=storage(job.format, source, device, job.dtype))
-    for config in (source.config, *second_models(job)):
-        _warm_up(job, config, device)
+    job = job.replace(format=storage(job.format, source, device, DTYPES[job.dtype]))
+    for each in (source, *(second.source for second in second_models(job))):
+        _warm_up(job, each.config, device)
     if pages:
         pages.trim()  # those that were never touched would be taken for a part of what is resident
     room = capacity(job, source.config, device, reserve_bytes, source)
@@ -82,25 +82,6 @@ def open_service(
     for folder in adapter_folders(job.adapters):
         engine.register(folder.name, folder)
     return Service(job, engine, tokenizer, room, governor, other)
-
-
-def storage(format: str, source: Source, device: str, dtype: str = "bf16") -> str:
-    """The format of the weights, `auto` resolved: the bits of the file where we multiply by those.
-
-    A CPU does so by blocks, and by bfloat16 where that is the dtype.
-    """
-    if format != "auto":
-        return format
-    if device != "cpu" or kernel() is None:
-        return "none"
-    blocks = any(stored.encoding.values > 1 for stored in source.tensors.values())
-    return "stored" if blocks or (dtype == "bf16" and _fills_tiles(source.config)) else "none"
-
-
-def _fills_tiles(config: ModelConfig) -> bool:
-    """Whether the rows of all matrices are whole blocks of inputs."""
-    matrices = (p for p in Decoder(config, device="meta").parameters() if p.dim() == 2)
-    return all(matrix.shape[1] % GROUP == 0 for matrix in matrices)
 
 
 def adapter_folders(home: str) -> list[Path]:

@@ -27,7 +27,7 @@ def chat(monkeypatch, capsys):
 def asked(monkeypatch):
     """No model is loaded; the prompts of every answer are kept, and each answer is its number."""
     monkeypatch.setattr("satchel.model.source.find_source", lambda name: None)
-    monkeypatch.setattr("satchel.run.serve.storage", lambda *_: "none")
+    monkeypatch.setattr("satchel.model.storage.storage", lambda *_: "none")
     monkeypatch.setattr("satchel.model.source.load_tokenizer", lambda source: None)
     monkeypatch.setattr("satchel.model.load.load", lambda *_, **__: None)
     prompts = []

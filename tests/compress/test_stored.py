@@ -15,6 +15,7 @@ from satchel.core.serve import ServeJob
 from satchel.model.adapters import adapter_parameters, attach
 from satchel.model.linear import dense_OI, linears
 from satchel.model.load import load
+from satchel.model.storage import storage
 from satchel.model.tiles import TiledEmbedding, TiledLinear
 from satchel.model.tiling import tiled_rows_in_torch
 from satchel.native import linear as native
@@ -22,7 +23,6 @@ from satchel.native.build import build
 from satchel.run.capacity import rehearse_engine
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
-from satchel.run.serve import storage
 from tests.model.blocky import blocky
 from tests.tolerances import EIGHT_BITS, REHEARSED, TOLERANCE, same
 

@@ -13,6 +13,7 @@ from satchel.core.serve import ServeJob
 from satchel.decode.draft import Draft, require_same_tokens
 from satchel.model.paged import block_bytes
 from satchel.model.source import find_source
+from satchel.model.storage import storage
 from satchel.model.tokenizer import Tokenizer
 from satchel.run.capacity import capacity, rehearse_engine
 from tests.decode.common import DRAWN, GREEDY, REPEATED, answers, engine, some_requests
@@ -142,14 +143,16 @@ def test_a_requests_usage_says_what_was_guessed_and_kept(model, near):
     assert sum(usage.accepted_tokens for usage in usages) == stats["right"] > 0
 
 
-def test_what_the_draft_takes_is_counted_before_anything_is_loaded(near):
-    small = find_source(near).config
-    plain, drafted = ServeJob(model="x"), ServeJob(model="x", decoding=f"draft:model={near}")
+@pytest.mark.parametrize("format", ["none", "auto", "int8"])
+def test_what_the_draft_takes_is_counted_before_anything_is_loaded(near, format):
+    source = find_source(near)
+    plain, drafted = ServeJob(model="x"), ServeJob(model="x", decoding=f"draft:model={near},format={format}")
     config = large(hidden_size=64, intermediate_size=128, vocab_size=512).config
     alone, both = (capacity(job.replace(memory="2GiB", batch=4), config, "cpu") for job in (plain, drafted))
-    extra = rehearse_engine(plain, small, "cpu")["weights"]
+    stored = plain.replace(format=storage(format, source, "cpu"))
+    extra = rehearse_engine(stored, source.config, "cpu", source)["weights"]
     assert both.accounts["weights"] == alone.accounts["weights"] + extra
-    more = block_bytes(small, torch.bfloat16) * both.limits.blocks
+    more = block_bytes(source.config, torch.bfloat16) * both.limits.blocks
     assert both.accounts["kv"] == alone.accounts["kv"] + more and both.limits.blocks == alone.limits.blocks
 
 

@@ -41,7 +41,7 @@ def peaks(model: str, storage: str, decoding: str = "plain") -> tuple[int, int]:
     pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
     idle = pages.live_bytes  # of the runs before: nothing but what is kept for good
     job = ServeJob(model="toy", format=storage, step_tokens=256, decoding=decoding)
-    predicted = sum(rehearse_all(job, [config, *second_models(job)], "cpu").values())
+    predicted = sum(rehearse_all(job, config, second_models(job), "cpu").values())
     limits = Limits(blocks=100, batch=32, step_tokens=256, context=1024)
     served = load(find_source(model), torch.bfloat16, format=make("format", storage), frozen=True)
     engine = Engine(served, limits, decoding=decoding)
