@@ -58,10 +58,31 @@ void few_rows(const Format& format, const uint8_t* tile, const Input& x, int row
   for (int r = 0; r < R; ++r) out[r] = sum[r];
 }
 
-// The products of `count` <= kTogether rows of inputs, from `row` on, with the 16 outputs of a group.
-[[gnu::noinline]] inline void few(const Matrix& m, int group, const Input& x, int row, int count, Vector* out) {
-  by_format(m, [&](auto format) {
-    const uint8_t* tile = group_of(format, m, group);
+// The same with two groups side by side: memory gives more to two streams than to one, where these are long enough.
+template <int R, typename Format>
+void few_rows_of_two(const Format& format, const uint8_t* left, const uint8_t* right, const Input& x, int row, Vector* a,
+                     Vector* b) {
+  Vector sum[2][R] = {};
+  const int64_t bytes = format.bytes();
+  for (int block = 0; block < x.blocks(); block += format.inputs() / kBlock, left += bytes, right += bytes) {
+    look_ahead(left, bytes);
+    look_ahead(right, bytes);
+    format.template few<R>(left, x, row, block, sum[0]);
+    format.template few<R>(right, x, row, block, sum[1]);
+  }
+  for (int r = 0; r < R; ++r) a[r] = sum[0][r], b[r] = sum[1][r];
+}
+
+// 16 outputs of a matrix.
+struct Column {
+  const Matrix* matrix;
+  int group;
+};
+
+// The products of `count` <= kTogether rows of inputs, from `row` on, with a column.
+[[gnu::noinline]] inline void few(Column column, const Input& x, int row, int count, Vector* out) {
+  by_format(*column.matrix, [&](auto format) {
+    const uint8_t* tile = group_of(format, *column.matrix, column.group);
     switch (count) {
       case 1: return few_rows<1>(format, tile, x, row, out);
       case 2: return few_rows<2>(format, tile, x, row, out);
@@ -73,6 +94,24 @@ void few_rows(const Format& format, const uint8_t* tile, const Input& x, int row
       case 7: return few_rows<7>(format, tile, x, row, out);
       case 8: return few_rows<8>(format, tile, x, row, out);
 #endif
+    }
+  });
+}
+
+// Whether two columns are better multiplied side by side: not those of Q4_K, whose scales take the registers.
+inline bool side_by_side(Column left, Column right, int count) {
+  constexpr int kLong = 1024, kPair = 2;  // inputs, rows
+  const Matrix &a = *left.matrix, &b = *right.matrix;
+  return count <= kPair && a.inputs >= kLong && a.kind == b.kind && a.kind != kQ4_K && a.group == b.group;
+}
+
+// The products of `count` rows with two columns; the same numbers as by `few`.
+[[gnu::noinline]] inline void few_of_two(Column left, Column right, const Input& x, int row, int count, Vector* a, Vector* b) {
+  by_format(*left.matrix, [&](auto format) {
+    const uint8_t *one = group_of(format, *left.matrix, left.group), *other = group_of(format, *right.matrix, right.group);
+    switch (count) {
+      case 1: return few_rows_of_two<1>(format, one, other, x, row, a, b);
+      case 2: return few_rows_of_two<2>(format, one, other, x, row, a, b);
     }
   });
 }

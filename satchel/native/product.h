@@ -59,12 +59,6 @@ inline void prepare(const float* from, const Input& x, int row, bool as_halves) 
   as_halves ? narrow_row(from, x, row) : encode(from, x, row);
 }
 
-// 16 outputs of a matrix.
-struct Column {
-  const Matrix* matrix;
-  int group;
-};
-
 // Calls take(row, a, b) with the products of every row of inputs with two columns. `room`: 64 bytes an input.
 template <typename Take>
 void many_rows(Column left, Column right, const Input& x, uint16_t* room, Take take) {
@@ -87,8 +81,12 @@ void some_rows(Column left, Column right, const Input& x, Take take) {
   for (int row = 0; row < x.rows; row += kTogether) {
     const int count = std::min(kTogether, x.rows - row);
     Vector a[kTogether], b[kTogether];
-    few(*left.matrix, left.group, x, row, count, a);
-    few(*right.matrix, right.group, x, row, count, b);
+    if (side_by_side(left, right, count)) {
+      few_of_two(left, right, x, row, count, a, b);
+    } else {
+      few(left, x, row, count, a);
+      few(right, x, row, count, b);
+    }
     for (int r = 0; r < count; ++r) take(row + r, a[r], b[r]);
   }
 }

@@ -49,6 +49,7 @@ def products(rng):
     kind, kernel = rng.choice(linear.KINDS), linear.kernel(rng.choice(levels.supported()))
     assert kernel, "a level did not pass its test"
     inputs, outputs = linear.form(kind).inputs * rng.randrange(1, 6), linear.ROWS * rng.randrange(1, 6)
+    inputs *= rng.choice((1, 1, 1024 // inputs + 1))  # rows of 1,024 on go another way
     tiles, dtype = linear.example(kind, outputs, inputs, torch.Generator().manual_seed(0)), rng.choice(DTYPES)
     bias = torch.ones(outputs) if rng.random() < 0.5 else None
     weight = linear.matrix(tiles, bias, kind, outputs, inputs)

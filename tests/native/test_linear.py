@@ -136,9 +136,10 @@ def test_every_shape_with_a_bias_and_rows_apart(outputs, blocks_of, rows, data):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_company_nor_on_threads(level, kind):
-    tiles, _ = blocks(kind, 528, 768)
-    x_NI = torch.randn(70, 768)
+@pytest.mark.parametrize("inputs", [768, 1536])  # from 1,024 on two columns side by side, where rows are one or two
+def test_a_row_does_not_depend_on_its_company_nor_on_threads(level, kind, inputs):
+    tiles, _ = blocks(kind, 528, inputs)
+    x_NI = torch.randn(70, inputs)
     threads = torch.get_num_threads()
     for some in (range(1, MANY), range(MANY, 70, 5)):
         wholes = [product(level, kind, tiles, x_NI[:rows], 528) for rows in some]
