@@ -9,7 +9,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,38 @@ def load_peft(
 
 def read_peft(model: nn.Module, folder: str | Path) -> dict[str, Low]:
     """The adapter in a folder, for each of the model's maps that it changes. Raises ModelError as `load_peft` does."""
-    config = read_config(Path(folder))
-    theirs = _read(config, Path(folder) / WEIGHTS)
-    _require_complete(config, theirs, [path for path in their_paths(model) if config.targets(path)])
-    return split(model, theirs)
+    return dict(each_peft(model, folder))
+
+
+def each_peft(model: nn.Module, folder: str | Path) -> Iterator[tuple[str, Low]]:
+    """`read_peft` map by map: no more than one is in memory. All that can be wrong is told before the first."""
+    paths, theirs, file = _outline(model, Path(folder))
+
+    def each() -> Iterator[tuple[str, Low]]:
+        with Reader(read_safetensors(file)) as reader:
+            keys = {(m["path"], m["part"]): key for key in reader.tensors if (m := KEY.fullmatch(key))}
+            for path, low in theirs.items():
+                yield from split(model, path, paths[path], _filled(reader, keys, path, low)).items()
+
+    return each()
+
+
+def outline_peft(model: nn.Module, folder: str | Path) -> dict[str, Low]:
+    """`read_peft` without the numbers: tensors on `meta`, from the files' headers alone. Raises as it does."""
+    paths, theirs, _ = _outline(model, Path(folder))
+    return {ours: low for path, low in theirs.items() for ours, low in split(model, path, paths[path], low).items()}
+
+
+def _outline(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Low], Path]:
+    """The checkpoint's paths with ours, the adapter by the checkpoint's paths with tensors on `meta`, and its file."""
+    config, file, paths = read_config(folder), folder / WEIGHTS, their_paths(model)
+    theirs = _headers(config, file)
+    _require_complete(config, theirs, [path for path in paths if config.targets(path)])
+    for path, low in theirs.items():
+        if path not in paths:
+            raise ModelError(f"the adapter is for another model: this one has no linear map '{path}'")
+        split(model, path, paths[path], low)
+    return paths, theirs, file
 
 
 def _low(path: str, method: Adapter, module: nn.Module) -> Low:
@@ -91,18 +120,27 @@ def _spell(path: str, low: Low) -> dict[str, Tensor]:
     return {f"base_model.model.{path}.{part}": t for part, t in parts if t is not None}
 
 
-def _read(config: PeftConfig, file: Path) -> dict[str, Low]:
+def _headers(config: PeftConfig, file: Path) -> dict[str, Low]:
+    """The adapter by the checkpoint's paths, its tensors on `meta`."""
     if not file.exists():
         other = " (adapter_model.bin is a pickle, which may run code: convert it)" if _pickled(file) else ""
         raise ModelError(f"{file.parent}: no {WEIGHTS}{other}")
     parts: dict[str, dict[str, Tensor]] = {}
-    with Reader(read_safetensors(file)) as reader:
-        for key, stored in reader.tensors.items():
-            if not (match := KEY.fullmatch(key)) or "lora_embedding" in key:
-                raise ModelError(f"{file}: '{key}' is no LoRA or DoRA of a linear map; merge it with PEFT first")
-            tensor = parts.setdefault(match["path"], {})[match["part"]] = torch.empty(stored.shape)
-            reader.read(Part(key), tensor)
+    for key, stored in read_safetensors(file).items():
+        if not (match := KEY.fullmatch(key)) or "lora_embedding" in key:
+            raise ModelError(f"{file}: '{key}' is no LoRA or DoRA of a linear map; merge it with PEFT first")
+        parts.setdefault(match["path"], {})[match["part"]] = torch.empty(stored.shape, device="meta")
     return {path: _assemble(config, path, tensors) for path, tensors in parts.items()}
+
+
+def _filled(reader: Reader, keys: Mapping[tuple[str, str], str], path: str, low: Low) -> Low:
+    """What the headers told of, with its numbers; `keys` by path and part."""
+    tensors = {}
+    for field, part in zip(("A_RI", "B_OR", "m_O"), SPELLED, strict=True):
+        if (outline := getattr(low, field)) is not None:
+            tensors[field] = torch.empty(outline.shape)
+            reader.read(Part(keys[path, part]), tensors[field])
+    return replace(low, **tensors)
 
 
 def _pickled(file: Path) -> bool:

@@ -97,20 +97,19 @@ def _strong(method: Lora, rank: int) -> Lora:
     return replace(changed, alpha=changed.alpha * method.scale / changed.scale)
 
 
-def split(model: nn.Module, theirs: Mapping[str, Low]) -> dict[str, Low]:
-    """Adapters by the checkpoint's paths to adapters by ours. Raises ModelError for those of another model."""
-    paths, ours = their_paths(model), {}
-    for their_path, low in theirs.items():
-        if their_path not in paths:
-            raise ModelError(f"the adapter is for another model: this one has no linear map '{their_path}'")
-        parts = paths[their_path]
-        rows = _rows(model, their_path, parts)
-        inputs, outputs = features(model.get_submodule(parts[0]))[0], sum(map(len, rows))
-        if (len(low.B_OR), low.A_RI.shape[1]) != (outputs, inputs):
-            raise ModelError(
-                f"the adapter is for another model: {their_path} is [{len(low.B_OR)}, {low.A_RI.shape[1]}] there "
-                f"and [{outputs}, {inputs}] here"
-            )
-        for path, own in zip(parts, rows, strict=True):
-            ours[path] = replace(low, B_OR=low.B_OR[own], m_O=None if low.m_O is None else low.m_O[own])
-    return ours
+def split(model: nn.Module, theirs: str, parts: tuple[str, ...], low: Low) -> dict[str, Low]:
+    """The adapter of the checkpoint's map `theirs`, for each of ours that it holds. Raises ModelError for one of
+    another model."""
+    rows = _rows(model, theirs, parts)
+    inputs, outputs = features(model.get_submodule(parts[0]))[0], sum(map(len, rows))
+    if (len(low.B_OR), low.A_RI.shape[1]) != (outputs, inputs):
+        raise ModelError(
+            f"the adapter is for another model: {theirs} is [{len(low.B_OR)}, {low.A_RI.shape[1]}] there "
+            f"and [{outputs}, {inputs}] here"
+        )
+    if len(parts) == 1:
+        return {parts[0]: low}
+    return {
+        path: replace(low, B_OR=low.B_OR[own], m_O=None if low.m_O is None else low.m_O[own])
+        for path, own in zip(parts, rows, strict=True)
+    }

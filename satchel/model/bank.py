@@ -8,7 +8,7 @@ a compiler, torch does run by run.
 Paper: https://arxiv.org/abs/2311.03285
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,13 +68,13 @@ class Bank:
             raise ModelError(f"{homeless[0]}: an adapter of this map cannot be served beside others; merge it")
         return sum(low.A_RI.numel() + low.B_OR.numel() for low in adapter.values())
 
-    def store(self, adapter: Mapping[str, LowRank], start: int) -> Stored:
-        """Write an adapter into the pool, from element `start` on."""
+    def store(self, adapter: Iterable[tuple[str, LowRank]], start: int) -> Stored:
+        """Write an adapter into the pool, from element `start` on, map by map as they come."""
         table = torch.zeros(3, len(self.shapes), dtype=torch.int64)
         scale_P = torch.zeros(len(self.shapes))
-        for number, path in enumerate(self.shapes):
-            if (low := adapter.get(path)) is None:
-                continue
+        numbers = {path: number for number, path in enumerate(self.shapes)}
+        for path, low in adapter:
+            number = numbers[path]
             middle = start + low.A_RI.numel()
             stop = middle + low.B_OR.numel()
             self.flat[start:middle].view(low.A_RI.shape).copy_(low.A_RI)

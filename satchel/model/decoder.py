@@ -150,7 +150,7 @@ class Decoder(nn.Module):
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
         if feed is None and isinstance(cache, Row) and (stack := self._stack(x_BTD, cache)):
-            return self._finish(stack(x_BTD, cache, self._tables(position_T, longest, torch.float32)))
+            return self._finish(stack(x_BTD, cache))
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache, feed)
         runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
         for run in runs or self.layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -75,8 +76,17 @@ def logits(model: Decoder, x_RD: Tensor) -> Tensor:
     """Logits in float32, [R, V]; those of a head in tiles are never rounded to less."""
     rows = len(x_RD)
     x_RD = x_RD.float() if isinstance(model.lm_head, TiledLinear) else x_RD
-    filler_D = x_RD[-1:].expand(padded(rows) - rows, -1)
-    return model.logits(torch.cat([x_RD, filler_D])[None])[0, :rows].float()
+    if filler := padded(rows) - rows:
+        x_RD = torch.cat([x_RD, x_RD[-1:].expand(filler, -1)])
+    return model.logits(x_RD[None])[0, :rows].float()
+
+
+def chosen(x_ND: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, by number; no copy where they follow one another."""
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows) and all(a < b for a, b in pairwise(rows)):
+        return x_ND[first : last + 1]
+    return x_ND[list(rows)]
 
 
 def groups(things: Sequence[Thing], rows: Callable[[Thing], int]) -> Iterator[list[Thing]]:

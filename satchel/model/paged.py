@@ -155,6 +155,7 @@ class Row:
         self.filler = max(tokens - first[-1], 0)
         self.pages_M = torch.tensor([page for table in used for page in table], dtype=torch.int32, device=device)
         starts = [0, *accumulate(map(len, used))]
+        self.first_S1 = torch.tensor(first, dtype=torch.int32, device=device)  # of each sequence, and behind the last
         rows = [starts[:-1], first[:-1], [stretch.past for stretch in stretches], first[1:]]
         self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
         self.sight_3N = torch.tensor(sights(stretches), dtype=torch.int64, device=device)
@@ -166,6 +167,11 @@ class Row:
         """The row as each layer sees it; made when first asked for: all blocks as one operator never do."""
         self._layers = self._layers or [LayerPages(self, index) for index in range(self.pages.data.shape[1])]
         return self._layers
+
+    @property
+    def bounds(self) -> dict[str, Tensor]:
+        """Where the sequences lie, as the kernels call it."""
+        return {"table": self.bounds_4S[0], "first": self.first_S1, "past": self.bounds_4S[2]}
 
     @property
     def sight(self) -> dict[str, Tensor]:

@@ -93,10 +93,20 @@ def rope_tables(
 
     `length` matters to `dynamic` and `longrope`, whose frequencies depend on how long the sequence is.
     """
-    rotated = int(head_dim * rope.share)
-    frequency_R, factor = _SCALINGS[rope.kind](rope, rotated, length, position_T.device)
+    frequency_R, factor = frequencies(rope, head_dim, length, position_T.device)
+    cos_TR, sin_TR = tables_of(frequency_R, factor, position_T)
+    return cos_TR.to(dtype), sin_TR.to(dtype)
+
+
+def tables_of(frequency_R: Tensor, factor: float, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope_tables` in float32, by frequencies that are known."""
     angle_TR = position_T.float()[:, None] * frequency_R
-    return (angle_TR.cos() * factor).to(dtype), (angle_TR.sin() * factor).to(dtype)
+    return angle_TR.cos() * factor, angle_TR.sin() * factor
+
+
+def frequencies(rope: Rope, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+    """Angles from one position to the next, [R/2] in float32, and what cosines and sines are multiplied by."""
+    return _SCALINGS[rope.kind](rope, int(head_dim * rope.share), length, device)
 
 
 def _exponents(rotated: int, device: torch.device) -> Tensor:

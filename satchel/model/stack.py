@@ -19,7 +19,7 @@ from satchel.model.block import ROLES, Block
 from satchel.model.feedforward import FeedForward
 from satchel.model.norm import RMSNorm
 from satchel.model.paged import Row
-from satchel.model.rope import Rope
+from satchel.model.rope import Rope, frequencies, tables_of
 from satchel.model.tiles import ROWS, TiledLinear
 from satchel.native import stack as native
 
@@ -47,6 +47,7 @@ class Stack:
         self._holders, self._names, self._things = map(tuple, zip(*links, strict=True))
         self._banked = next((m for m in self._things if isinstance(m, Banked)), None)
         self._kept: list[Tensor] = []
+        self._frequencies: dict[int, list[tuple[Tensor, float]]] = {}  # by the longest sequence that there may be
         self._layers: Any = None
 
     def untouched(self) -> bool:
@@ -57,19 +58,17 @@ class Stack:
         """Whether no row has an adapter now."""
         return self._banked is None or self._banked.idle
 
-    def __call__(self, x_BTD: Tensor, row: Row, tables: dict[Rope, tuple[Tensor, Tensor]]) -> Tensor:
-        """What the blocks make of [1, N, D]; `tables` are float32. Rows of filler become zeros."""
+    def __call__(self, x_BTD: Tensor, row: Row) -> Tensor:
+        """What the blocks make of [1, N, D]. Rows of filler become zeros."""
         rows, bfloat16 = x_BTD.shape[1] - row.filler, x_BTD.dtype == torch.bfloat16
-        table_T2NR = torch.stack([torch.stack([t[:rows] for t in tables[rope]]) for rope in self.ropes])
+        table_XNR = self._tables(row, rows)
         y_BTD = torch.zeros_like(x_BTD)
-        call = self._call(row, rows, table_T2NR.shape[-1])
+        call = self._call(row, rows, table_XNR.shape[-1])
         room = torch.empty(self.kernel.room_bytes(call, bfloat16), dtype=torch.uint8)
         if isinstance(x_BTD, FakeTensor):
             return y_BTD
-        table_S, first_S, past_S, stop_S = row.bounds_4S
-        first_S = torch.cat([first_S, stop_S[-1:]])
-        tensors = {"x": x_BTD.contiguous(), "y": y_BTD, "tables": table_T2NR, "pool": row.pages.data, "room": room}
-        tensors |= {"pages": row.pages_M, "table": table_S, "first": first_S, "past": past_S, **row.sight}
+        tensors = {"x": x_BTD.contiguous(), "y": y_BTD, "tables": table_XNR, "pool": row.pages.data, "room": room}
+        tensors |= {"pages": row.pages_M, **row.bounds, **row.sight}
         for name, tensor in tensors.items():
             setattr(call, name, tensor.data_ptr())
         call.layers = native.ctypes.addressof(self._described())
@@ -78,6 +77,14 @@ class Stack:
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the decoder makes its own."""
+
+    def _tables(self, row: Row, rows: int) -> Tensor:
+        """Cosines and sines of each kind of rotation in turn, for the positions of the row."""
+        position_N, longest = row.position_N[:rows], row.pages.context
+        if longest not in self._frequencies:
+            how = self.config.head_dim, longest, position_N.device
+            self._frequencies = {longest: [frequencies(rope, *how) for rope in self.ropes]}
+        return torch.stack([t for f in self._frequencies[longest] for t in tables_of(*f, position_N)])
 
     def _call(self, row: Row, rows: int, half: int) -> native.Call:
         config, data = self.config, row.pages.data

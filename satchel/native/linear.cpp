@@ -113,8 +113,12 @@ void satchel_linear(const Call* call, int bfloat16) {
   bfloat16 ? linear<Half>(*call) : linear<float>(*call);
 }
 
-void satchel_rows(const Matrix* matrix, const int64_t* at, int64_t count, void* out, int bfloat16) {
+// Writes nothing and returns 0 where a number is not that of a row.
+int satchel_rows(const Matrix* matrix, const int64_t* at, int64_t count, void* out, int bfloat16) {
+  for (int64_t i = 0; i < count; ++i)
+    if (at[i] < 0 || at[i] >= matrix->outputs) return 0;
   bfloat16 ? rows_of<Half>(*matrix, at, count, out) : rows_of<float>(*matrix, at, count, out);
+  return 1;
 }
 
 void satchel_dense(const Matrix* matrix, void* out, int bfloat16, int threads) {

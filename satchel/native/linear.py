@@ -91,9 +91,11 @@ class Kernel:
         self.library.satchel_linear(byref(call), c_int(x_NI.dtype == torch.bfloat16))
 
     def rows(self, weight: Matrix, at_N: Tensor, out_NI: Tensor) -> None:
-        """Rows of the matrix by number (int64), as numbers of DTYPES."""
+        """Rows of the matrix by number (int64), as numbers of DTYPES. Raises IndexError for one that it has not."""
         at, out = c_void_p(at_N.data_ptr()), c_void_p(out_NI.data_ptr())
-        self.library.satchel_rows(byref(weight), at, c_int64(len(at_N)), out, c_int(out_NI.dtype == torch.bfloat16))
+        bfloat16 = c_int(out_NI.dtype == torch.bfloat16)
+        if not self.library.satchel_rows(byref(weight), at, c_int64(len(at_N)), out, bfloat16):
+            raise IndexError(f"rows from {int(at_N.min())} to {int(at_N.max())} of a matrix of {weight.outputs}")
 
     def dense(self, weight: Matrix, out_OI: Tensor) -> None:
         """The whole matrix as numbers of DTYPES."""

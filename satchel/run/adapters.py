@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
-from satchel.adapt import read_peft
+from satchel.adapt import Low, each_peft, outline_peft
 from satchel.core.errors import ModelError, UnknownName, UserError
 from satchel.model.bank import Bank, LowRank, Span, Stored
 from satchel.model.decoder import Decoder
@@ -61,7 +61,7 @@ class Adapters:
         if name in self.registered:
             raise UserError(f"an adapter '{name}' is registered already; remove it first, or choose another name")
         folder = Path(folder)
-        needs = -(-self.bank.numbers(self._read(folder)) // self.pool.data[0].numel())
+        needs = -(-self.bank.numbers(self._outline(folder)) // self.pool.data[0].numel())
         if needs > self.pool.blocks:
             raise ModelError(f"{folder}: the adapter needs {needs} blocks and the pool has {self.pool.blocks}")
         self.registered[name] = Adapter(name, folder, _digest(folder), needs)
@@ -82,7 +82,8 @@ class Adapters:
         if _digest(adapter.folder) != adapter.root:
             raise ModelError(f"{adapter.folder}: adapter '{adapter.name}' has changed; remove and register it again")
         numbers = self.pool.data[0].numel()
-        stored = self.bank.store(self._read(adapter.folder), start * numbers)
+        lows = ((path, _low_rank(low)) for path, low in each_peft(self.model, adapter.folder))
+        stored = self.bank.store(lows, start * numbers)
         self.resident[adapter] = Resident(stored, start)
         self.loads += 1
 
@@ -118,18 +119,24 @@ class Adapters:
         """The blocks of each adapter in the pool."""
         return [range(there.start, there.start + adapter.blocks) for adapter, there in self.resident.items()]
 
-    def _read(self, folder: Path) -> dict[str, LowRank]:
-        lows = read_peft(self.model, folder)
+    def _outline(self, folder: Path) -> dict[str, LowRank]:
+        """Without numbers: an adapter may be larger than what is left of the memory."""
+        lows = outline_peft(self.model, folder)
         if any(low.m_O is not None for low in lows.values()):
             raise ModelError(f"{folder}: DoRA cannot be served beside other adapters; merge it into its own model")
-        return {path: LowRank(low.A_RI, low.B_OR, low.method.scale) for path, low in lows.items()}
+        return {path: _low_rank(low) for path, low in lows.items()}
+
+
+def _low_rank(low: Low) -> LowRank:
+    return LowRank(low.A_RI, low.B_OR, low.method.scale)
 
 
 def _digest(folder: Path) -> bytes:
     digest = blake2b(digest_size=16)
-    for file in sorted(folder.glob("adapter_*")):
+    for path in sorted(folder.glob("adapter_*")):
         try:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + b"\0" + file_digest(file, blake2b).digest())
         except OSError as fault:
-            raise ModelError(f"{file}: cannot be read: {fault.strerror}") from None
+            raise ModelError(f"{path}: cannot be read: {fault.strerror}") from None
     return digest.digest()

@@ -25,7 +25,7 @@ from satchel.core.book import make
 from satchel.core.request import Event, Request
 from satchel.core.serve_seams import Draft
 from satchel.model.decoder import Decoder
-from satchel.model.forward import Part, groups, hidden, logits
+from satchel.model.forward import Part, chosen, groups, hidden, logits
 from satchel.model.paged import PAGE, Pool
 from satchel.model.sampling import sound
 from satchel.run.adapters import Adapters
@@ -208,7 +208,7 @@ class Engine:
         return self._end(s, "stop")
 
     def _answer_some(self, group: list[tuple[Sequence, Part]], x_ND: Tensor) -> list[Event]:
-        logits_RV = logits(self.model, x_ND[[row for _, part in group for row in part.rows]])
+        logits_RV = logits(self.model, chosen(x_ND, [row for _, part in group for row in part.rows]))
         split = logits_RV.split([len(part.rows) for _, part in group])
         told = [self._answer(s, part.draft, mine_RV) for (s, part), mine_RV in zip(group, split, strict=True)]
         return [event for events in told for event in events]

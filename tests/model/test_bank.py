@@ -56,7 +56,7 @@ def test_each_run_gets_its_own_adapter(either_path):
     tokens = torch.randint(4, 100, (1, 24), generator=torch.Generator().manual_seed(0))
     spans, start = [], 8
     for low, first, stop in zip(lows, (5, 6, 16), (6, 15, 24), strict=True):
-        spans.append(Span(first, stop, bank.store(low, start)))
+        spans.append(Span(first, stop, bank.store(low.items(), start)))
         start += bank.numbers(low)
     lengths = (5, 1, 9, 1, 8)
     with bank.using(spans):

@@ -190,7 +190,7 @@ def test_rows_with_an_adapter_run_block_by_block_and_others_as_one(sources):
     assert model._blocks and all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
     path = "model.layers.0.self_attn.q_proj"
     low = LowRank(torch.randn(4, 256), torch.randn(256, 4), 1.0)
-    with bank.using([Span(0, 1, bank.store({path: low}, 0))]):
+    with bank.using([Span(0, 1, bank.store([(path, low)], 0))]):
         assert not close(steps(model, lengths), plain, EIGHT_BITS)
     assert all(torch.equal(a, b) for a, b in zip(steps(model, lengths), plain, strict=True))
 

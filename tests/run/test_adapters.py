@@ -1,12 +1,13 @@
 """Many adapters in one engine: each answer is what PEFT's model alone would say, whatever else is served."""
 
 import random
+from weakref import WeakSet
 
 import pytest
 import torch
 
 import satchel
-from satchel.adapt import load_peft, save_peft
+from satchel.adapt import load_peft, outline_peft, save_peft
 from satchel.core.book import make
 from satchel.core.errors import ModelError, UnknownName, UserError
 from satchel.core.request import Request, Sampling
@@ -14,6 +15,7 @@ from satchel.model.adapters import attach
 from satchel.model.bank import Bank, Banked
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.stored import Reader
 from satchel.run.engine import Engine
 from satchel.run.scheduler import Limits
 from tests.run.toys import toy_decoder
@@ -153,6 +155,24 @@ def test_a_thousand_adapters_may_be_registered_and_few_are_in_memory(folders):
     )
     assert all(len(tokens) == 2 for tokens in said)
     assert served.stats()["adapters"] == 300 and served.stats()["adapters_resident"] < 40
+
+
+def test_no_adapter_is_in_memory_beside_the_pool(folders, monkeypatch):
+    """Registering one reads headers; one that is needed goes into the pool map by map."""
+    held, most, read = WeakSet(), [], Reader.read
+
+    def reading(reader, part, out):
+        held.add(out)
+        most.append(sum(tensor.numel() for tensor in held))
+        read(reader, part, out)
+
+    monkeypatch.setattr(Reader, "read", reading)
+    served = engine(folders)
+    assert not most
+    served.submit(Request(prompt=PROMPT, max_tokens=2, adapter="a6"))
+    served.run()
+    low = max(outline_peft(toy_decoder(), folders[6]).values(), key=lambda low: low.A_RI.numel() + low.B_OR.numel())
+    assert 0 < max(most) <= 2 * (low.A_RI.numel() + low.B_OR.numel())  # one map, and the next
 
 
 def test_an_adapter_that_was_changed_behind_our_back_fails_its_requests_only(folders, tmp_path):
