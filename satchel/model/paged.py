@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,22 +115,20 @@ class Stretch:
     parents: Sequence[int] = ()  # of a tree, which its last tokens are: each the number of an earlier one, -1: none
 
 
-def sights(stretches: Sequence[Stretch]) -> np.ndarray:
+def sights(stretches: Sequence[Stretch]) -> list[list[int]]:
     """Of each token, [3, N]: the slot below which it sees all, those from there on as bits, its position."""
-    tokens = [stretch.tokens for stretch in stretches]
-    first = [0, *accumulate(tokens)][:-1]
-    begins = [stretch.past - at for stretch, at in zip(stretches, first, strict=True)]
-    slot_N = np.arange(sum(tokens)) + np.repeat(np.array(begins, dtype=np.int64), tokens)
-    sight_3N = np.stack([slot_N + 1, np.zeros_like(slot_N), slot_N])
-    for stretch, at in zip(stretches, first, strict=True):
+    slots = [slot for stretch in stretches for slot in range(stretch.past, stretch.past + stretch.tokens)]
+    limits, seen, positions = [slot + 1 for slot in slots], [0] * len(slots), list(slots)
+    end = 0
+    for stretch in stretches:
+        end += stretch.tokens
         if stretch.parents:
             begin = stretch.past + stretch.tokens - len(stretch.parents)
             branches = ancestry(stretch.parents)[-stretch.tokens :]
-            end = at + stretch.tokens
-            sight_3N[:, end - len(branches) : end] = list(
-                zip(*((begin, b, begin + b.bit_count() - 1) for b in branches), strict=True)
-            )
-    return sight_3N
+            tree = slice(end - len(branches), end)
+            limits[tree], seen[tree] = [begin] * len(branches), branches
+            positions[tree] = [begin + branch.bit_count() - 1 for branch in branches]
+    return [limits, seen, positions]
 
 
 def ancestry(parents: Sequence[int]) -> list[int]:
@@ -149,17 +146,17 @@ class Row:
     def __init__(self, pages: Pages, stretches: Sequence[Stretch], tokens: int = 0) -> None:
         """`tokens`: of the row; beyond those of the stretches it is filler, whose result means nothing."""
         self.pages = pages
-        device = pages.data.device
-        first = [0, *accumulate(stretch.tokens for stretch in stretches)]
+        device, ends = pages.data.device, list(accumulate(stretch.tokens for stretch in stretches))
         used = [stretch.table[: -(-(stretch.past + stretch.tokens) // PAGE)] for stretch in stretches]
-        self.filler = max(tokens - first[-1], 0)
+        self.filler = max(tokens - ends[-1], 0)
         self.pages_M = torch.tensor([page for table in used for page in table], dtype=torch.int32, device=device)
-        starts = [0, *accumulate(map(len, used))]
-        self.first_S1 = torch.tensor(first, dtype=torch.int32, device=device)  # of each sequence, and behind the last
-        rows = [starts[:-1], first[:-1], [stretch.past for stretch in stretches], first[1:]]
-        self.bounds_4S = torch.tensor(rows, dtype=torch.int32, device=device)  # see `_paged_attention`
+        starts, pasts = [0, *accumulate(map(len, used))], [stretch.past for stretch in stretches]
+        rows_4S1 = torch.tensor([starts, [0, *ends], [*pasts, 0], [*ends, 0]], dtype=torch.int32, device=device)
+        self.bounds_4S, self.first_S1 = rows_4S1[:, :-1], rows_4S1[1]  # see `_paged_attention`; and behind the last
         self.sight_3N = torch.tensor(sights(stretches), dtype=torch.int64, device=device)
-        self.position_N = torch.cat([self.sight_3N[2], self.sight_3N.new_zeros(self.filler)])
+        self.position_N = self.sight_3N[2]
+        if self.filler:
+            self.position_N = torch.cat([self.position_N, self.position_N.new_zeros(self.filler)])
         self._layers: list[LayerPages] = []
 
     @property

@@ -129,6 +129,16 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
 #endif
 }
 
+inline uint32_t total(Words x) {
+#if defined(__AVX512F__)
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x)));
+#else
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
 // Row `row` of the inputs as codes: round(x / scale) with scale = max |x| / 127 of each 32.
 [[gnu::noinline]] inline void encode(const float* from, const Input& x, int row) {
   for (int b = 0; b < x.blocks(); ++b) {
@@ -143,9 +153,7 @@ inline float largest_or_nan(Vector x) {  // NaN if one is
     auto* codes = reinterpret_cast<Bytes*>(x.code(row, b));
     codes[0] = __builtin_convertvector(bits0, Bytes);
     codes[1] = __builtin_convertvector(bits1, Bytes);
-    const Words both = bits0 + bits1;
-    uint32_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += both[i];
+    const uint32_t sum = total(bits0 + bits1);
     const bool sound = inverse <= 0x1.fffffep127f;  // else codes are any bits: of no numbers, or below what can be told
     const int32_t of_codes = sound ? static_cast<int32_t>(sum) : 0;
     const int64_t at = x.at(row, b);

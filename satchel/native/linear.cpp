@@ -41,7 +41,8 @@ void linear(const Call& c) {
       prepare(wide.data(), x, row, as_half);
     }
     team.meet();
-    const Tiles configured(tiles, c.rows);
+    const bool codes = !as_half && may_use_codes(c.rows);
+    const Tiles configured(tiles || codes, codes ? kRows : c.rows, codes);
     std::vector<uint16_t> panels(tiles ? 2 * int64_t{m.inputs} * kRows : 0);
     const auto [from, to] = share(items, me, team.size);
     for (int item = from; item < to; ++item) {

@@ -51,6 +51,46 @@ void tile_product(const uint16_t*, const uint16_t*, const uint16_t*, int, float*
 
 #endif
 
+#if defined(SATCHEL_AMX)
+
+// The products of up to 16 rows of inputs with one column of Q8_0, whose bytes lie as tiles of 8 bits take them. The same
+// numbers as by `few`. Rows that are missing come to nothing that anybody reads, by the last one's scales: any bits as a
+// number may be one that processors take long over.
+[[gnu::noinline]] inline void sixteen(Column column, const Input& x, int row, Vector* out) {
+  constexpr int kChunk = 8, kBytes = Q8_0::bytes();
+  Ints dots[kChunk][kRows];
+  Vector sum[kRows] = {};
+  const float* scales[kRows];
+  for (int r = 0; r < kRows; ++r) scales[r] = x.scale + x.at(std::min(row + r, x.rows - 1), 0);
+  const uint8_t* tile = group_of(Q8_0{}, *column.matrix, column.group);
+  for (int first = 0; first < x.blocks(); first += kChunk, tile += kChunk * kBytes) {
+    const int count = std::min(kChunk, x.blocks() - first);
+    for (int i = 0; i < count; ++i) {
+      look_ahead(tile + i * kBytes, kBytes);
+      _tile_zero(0);
+      _tile_loadd(4, x.code(row, first + i), x.inputs);
+      _tile_loadd(6, tile + i * kBytes + 2 * kRows, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_stored(0, dots[i], 64);
+    }
+    asm volatile("" : : : "memory");  // the compiler does not know what tiles write
+    for (int i = 0; i < count; ++i) {
+      const Vector scale = halves(tile + i * kBytes);
+      for (int r = 0; r < kRows; ++r) sum[r] += scale * scales[r][first + i] * floats(dots[i][r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = sum[r];
+}
+
+#else
+
+inline void sixteen(Column, const Input&, int, Vector*) {}
+
+#endif
+
+// Whether tiles of codes may be of use: they pay for Q8_0 from 13 rows on. Codes of 4 bits would first have to become 8.
+inline bool may_use_codes(int rows) { return rows >= 13 && rows < kMany && may_use_tiles(); }
+
 // How rows are brought to matrices, those in bfloat16 and all others.
 inline bool by_tiles(int rows, bool bf16) { return (bf16 || rows >= kMany) && may_use_tiles(); }
 inline bool as_halves(int rows, bool bf16) { return bf16 || by_tiles(rows, bf16); }
@@ -78,10 +118,15 @@ void many_rows(Column left, Column right, const Input& x, uint16_t* room, Take t
 
 template <typename Take>
 void some_rows(Column left, Column right, const Input& x, Take take) {
-  for (int row = 0; row < x.rows; row += kTogether) {
-    const int count = std::min(kTogether, x.rows - row);
-    Vector a[kTogether], b[kTogether];
-    if (side_by_side(left, right, count)) {
+  const bool codes = left.matrix->kind == kQ8_0 && right.matrix->kind == kQ8_0;
+  for (int row = 0, count; row < x.rows; row += count) {
+    const bool many = codes && may_use_codes(x.rows - row);
+    count = std::min(many ? kRows : kTogether, x.rows - row);
+    Vector a[kRows], b[kRows];
+    if (many) {
+      sixteen(left, x, row, a);
+      sixteen(right, x, row, b);
+    } else if (side_by_side(left, right, count)) {
       few_of_two(left, right, x, row, count, a, b);
     } else {
       few(left, x, row, count, a);

@@ -216,6 +216,8 @@ class Worker {
   template <typename Both, typename Take>
   void products(int first, int last, const Input& x, Both both, Take take) {
     if (w.tiles) return by_panels(first, last, x, both, take);
+    const bool codes = !w.as_half && may_use_codes(c.rows);
+    const Tiles configured(codes, kRows, codes);
     for (int item = first; item < last; ++item) {
       const Columns columns = both(item);
       some_rows(columns.left, columns.right, x, [&](int r, Vector a, Vector b) { take(item, r, a, b); });

@@ -54,7 +54,7 @@ inline void breathe() {
 // somebody, gives it to them.
 template <typename Gone>
 void wait_until(Gone gone) {
-  constexpr int kSpins = 1 << 12;
+  constexpr int kSpins = 1 << 9;
   for (int spin = 0; !gone(); ++spin) spin < kSpins ? breathe() : std::this_thread::yield();
 }
 

@@ -22,16 +22,17 @@ inline bool may_use_tiles() {
   return may;
 }
 
-// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives; 0 to 5, of rows, as many as there are.
+// Makes the tiles of this thread 16 rows of 64 bytes, for as long as it lives; 0 to 5, of rows, as many as there are. For
+// codes, of which a block is 32 bytes: 4 and 5 rows of 32, 6 and 7, their other side, 8 rows.
 class Tiles {
  public:
-  Tiles(bool used, int rows) : used_(used) {
+  Tiles(bool used, int rows, bool codes = false) : used_(used) {
     if (!used) return;
     Layout layout = {};
     layout.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      layout.bytes[i] = 64;
-      layout.rows[i] = static_cast<uint8_t>(i < 6 ? std::min(rows, kRows) : kRows);
+      layout.bytes[i] = codes && (i == 4 || i == 5) ? kBlock : 64;
+      layout.rows[i] = static_cast<uint8_t>(i < 6 ? std::min(rows, kRows) : codes ? kBlock / 4 : kRows);
     }
     asm volatile("" : : "r"(&layout) : "memory");  // gcc <= 12 drops the stores above: ggml-org/llama.cpp#20824
     _tile_loadconfig(&layout);
@@ -54,7 +55,7 @@ class Tiles {
 
 inline bool may_use_tiles() { return false; }
 struct Tiles {
-  Tiles(bool, int) {}
+  Tiles(bool, int, bool = false) {}
 };
 
 #endif
