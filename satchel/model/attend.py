@@ -59,23 +59,6 @@ def attend_documents(
     return torch.cat([attend(q, k, v, scale=scale, window=window, cap=cap) for q, k, v in documents], dim=1)
 
 
-def attend_where(
-    q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, seen_TS: Tensor, *, scale: float, cap: float | None = None
-) -> Tensor:
-    """Out [T, H, E] of few queries of one sequence; each sees the keys that `seen_TS` shows it, at least one.
-
-    All scores are alive at once; nothing is kept for a backward pass.
-    """
-    groups = q_THE.shape[1] // k_SKE.shape[1]
-    q_KME = q_THE.unflatten(1, (-1, groups)).permute(1, 2, 0, 3).flatten(1, 2)
-    score_KMS = (q_KME @ k_SKE.permute(1, 2, 0)).to(wide(q_THE.dtype)).mul_(scale)
-    if cap is not None:
-        score_KMS.div_(cap).tanh_().mul_(cap)
-    score_KMS.unflatten(1, (groups, -1)).masked_fill_(~seen_TS, -torch.inf)
-    out_KME = score_KMS.softmax(-1).to(v_SKE.dtype) @ v_SKE.transpose(0, 1)
-    return out_KME.unflatten(1, (groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
 def shares(
     q_SHE: Tensor, k_TKE: Tensor, query_S: Tensor, *, scale: float, window: int | None = None, cap: float | None = None
 ) -> Tensor:

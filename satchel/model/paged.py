@@ -9,7 +9,7 @@ one: who holds, shares, copies or moves a block does so for both. The new tokens
 padding; each attends to its own sequence only, through the sequence's table of blocks. Its last ones may be a tree of
 guesses: a guess lies in the slot after the guess before it, stands at the position after its parent's, and sees what
 came before the tree and its own branch. On a CPU that is native/paged.cpp, which copies nothing; elsewhere, and without
-a compiler, torch gathers one sequence's pages at a time.
+a compiler, it is torch (spans.py), which knows of pages only what `store` and `read` do.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from satchel.model.attend import attend, attend_where
 from satchel.model.config import ModelConfig
+from satchel.model.spans import SpanLayer, Spans, cut, fitting, laid
 from satchel.native import paged as native
 
 # N tokens of the row, T of one sequence, S sequences or its slots, B blocks of X numbers, M pages of all tables
@@ -37,6 +37,32 @@ class Pages:
         """`data_BX`: its part of every block."""
         self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, PAGE * config.head_dim))
         self.context = context  # the longest sequence there will be, tokens
+        self.heads, self.dim = config.kv_heads, config.head_dim
+
+    @property
+    def native(self) -> bool:
+        """Whether the compiled kernel knows these pages and numbers."""
+        data = self.data
+        known = data.device.type == "cpu" and data.dtype in (torch.float32, torch.bfloat16)
+        return known and native.library() is not None
+
+    def store(self, layer: int, slot_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Keys and values of a layer go into slots of the pool, counted over all its blocks."""
+        keys_BKEP, values_BKPE = self._layer(layer)
+        keys_BKEP[slot_N // PAGE, :, :, slot_N % PAGE] = k_NKE
+        values_BKPE[slot_N // PAGE, :, slot_N % PAGE] = v_NKE
+
+    def read(self, layer: int, page_AL: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of the keys [A, K, E, L * P] and values [A, K, L * P, E] in pages of a layer, as numbers."""
+        keys_BKEP, values_BKPE = self._layer(layer)
+        head_K1, dim_E1 = (torch.arange(n, device=page_AL.device)[:, None] for n in (self.heads, self.dim))
+        k_AKELP = keys_BKEP[page_AL[:, None, None], head_K1[..., None], dim_E1]
+        v_AKLPE = values_BKPE[page_AL[:, None], head_K1]
+        return k_AKELP.flatten(3), v_AKLPE.flatten(2, 3)
+
+    def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.data[:, layer].unbind(1)
+        return keys.unflatten(-1, (self.dim, PAGE)), values.unflatten(-1, (PAGE, self.dim))
 
     def move(self, old_M: Tensor, new_M: Tensor) -> None:
         """Copy tokens between slots of the pool, counted over all its blocks."""
@@ -145,30 +171,40 @@ class Row:
 
     def __init__(self, pages: Pages, stretches: Sequence[Stretch], tokens: int = 0) -> None:
         """`tokens`: of the row; beyond those of the stretches it is filler, whose result means nothing."""
-        self.pages = pages
+        self.pages, self.stretches = pages, stretches
         device, ends = pages.data.device, list(accumulate(stretch.tokens for stretch in stretches))
         used = [stretch.table[: -(-(stretch.past + stretch.tokens) // PAGE)] for stretch in stretches]
         self.filler = max(tokens - ends[-1], 0)
-        self.pages_M = torch.tensor([page for table in used for page in table], dtype=torch.int32, device=device)
+        self.pages_M = torch.tensor([page for table in used for page in table], dtype=torch.int32)
         starts, pasts = [0, *accumulate(map(len, used))], [stretch.past for stretch in stretches]
-        rows_4S1 = torch.tensor([starts, [0, *ends], [*pasts, 0], [*ends, 0]], dtype=torch.int32, device=device)
+        rows_4S1 = torch.tensor([starts, [0, *ends], [*pasts, 0], [*ends, 0]], dtype=torch.int32)
         self.bounds_4S, self.first_S1 = rows_4S1[:, :-1], rows_4S1[1]  # see `_paged_attention`; and behind the last
         self.sight_3N = torch.tensor(sights(stretches), dtype=torch.int64, device=device)
         self.position_N = self.sight_3N[2]
         if self.filler:
             self.position_N = torch.cat([self.position_N, self.position_N.new_zeros(self.filler)])
-        self._layers: list[LayerPages] = []
+        self._layers: Sequence[LayerPages | SpanLayer] = []
 
     @property
-    def layers(self) -> list["LayerPages"]:
+    def layers(self) -> Sequence["LayerPages | SpanLayer"]:
         """The row as each layer sees it; made when first asked for: all blocks as one operator never do."""
-        self._layers = self._layers or [LayerPages(self, index) for index in range(self.pages.data.shape[1])]
+        if not self._layers:
+            count = range(self.pages.data.shape[1])
+            self._layers = [LayerPages(self, index) for index in count] if self.pages.native else self.spans.layers
         return self._layers
 
     @property
     def bounds(self) -> dict[str, Tensor]:
         """Where the sequences lie, as the kernels call it."""
         return {"table": self.bounds_4S[0], "first": self.first_S1, "past": self.bounds_4S[2]}
+
+    @property
+    def spans(self) -> Spans:
+        """The row as torch attends."""
+        tiles = cut(self.stretches)
+        shape = fitting(tiles, len(self.position_N))
+        flat = torch.tensor(laid(shape, tiles, self.stretches, sights(self.stretches)))
+        return Spans(self.pages, shape, flat.to(self.pages.data.device))
 
     @property
     def sight(self) -> dict[str, Tensor]:
@@ -218,7 +254,8 @@ torch.library.define(
 )
 
 
-def paged_attention_in_torch(
+@torch.library.impl("satchel::paged_attention", "CPU")
+def _paged_attention(
     q_NHE: Tensor,
     k_NKE: Tensor,
     v_NKE: Tensor,
@@ -236,70 +273,8 @@ def paged_attention_in_torch(
     `bounds` holds for each sequence where its table begins in `pages`, its first new token's row, the tokens before it,
     and the row after its last new token; `sight` is what `sights` says.
     """
-    dim, heads = q_NHE.shape[-1], k_NKE.shape[1]
-    keys_KEP, values_KPE = keys.view(-1, heads, dim, PAGE), values.view(-1, heads, PAGE, dim)
-    out_NHE, branching_N = torch.zeros_like(q_NHE, memory_format=torch.contiguous_format), sight_3N[1].tolist()
-    for start, first, past, stop in bounds_4S.T.tolist():
-        total, rows = past + stop - first, slice(first, stop)
-        at = torch.arange(past, total, device=keys.device)
-        table = pages_M[start : start - (-total // PAGE)].long()
-        keys_KEP[table[at // PAGE], :, :, at % PAGE] = k_NKE[rows]
-        values_KPE[table[at // PAGE], :, at % PAGE] = v_NKE[rows]
-        k_SKE = keys_KEP[table].permute(0, 3, 1, 2).flatten(0, 1)[:total]
-        v_SKE = values_KPE[table].transpose(1, 2).flatten(0, 1)[:total]
-        out_NHE[rows] = _attend_rows(
-            q_NHE[rows], k_SKE, v_SKE, sight_3N[:, rows] if any(branching_N[rows]) else None, scale, window, cap
-        )
-    return out_NHE
-
-
-def _attend_rows(
-    q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, sight_3T: Tensor | None, scale: float, window: int, cap: float
-) -> Tensor:
-    """The queries of one sequence; those of a tree are few."""
-    if sight_3T is not None:
-        seen_TS = seen(sight_3T, len(k_SKE), window)
-        return attend_where(q_THE, k_SKE, v_SKE, seen_TS, scale=scale, cap=cap or None)
-    q, k, v = q_THE[None], k_SKE[None], v_SKE[None]
-    return attend(q, k, v, scale=scale, window=window or None, cap=cap or None)[0]
-
-
-def seen(sight_3T: Tensor, slots: int, window: int) -> Tensor:
-    """Which slots a token sees, [T, S]. A branch's slots rise with its positions: a window forgets the lowest first."""
-    limit_T1, branch_T1, position_T1 = sight_3T[..., None]
-    bit_J = torch.arange(TREE, device=sight_3T.device)
-    branch_TJ = (branch_T1 >> bit_J) & 1
-    if window:
-        branch_TJ = branch_TJ * (branch_TJ.flip(1).cumsum(1).flip(1) <= window)
-    slot_S = torch.arange(slots, device=sight_3T.device)
-    stem_TS = (slot_S < limit_T1) & (slot_S > position_T1 - (window or slots + 1))
-    bit_TS = slot_S - limit_T1
-    lit_TS = branch_TJ.gather(1, bit_TS.clamp(0, TREE - 1)).bool()
-    return stem_TS | lit_TS & (bit_TS >= 0) & (bit_TS < TREE)
-
-
-torch.library.impl("satchel::paged_attention", "default", paged_attention_in_torch)
-
-
-@torch.library.impl("satchel::paged_attention", "CPU")
-def _paged_attention(
-    q_NHE: Tensor,
-    k_NKE: Tensor,
-    v_NKE: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pages_M: Tensor,
-    bounds_4S: Tensor,
-    sight_3N: Tensor,
-    scale: float,
-    window: int,
-    cap: float,
-) -> Tensor:
-    kernel = native.library() if q_NHE.dtype == keys.dtype in (torch.float32, torch.bfloat16) else None
-    if kernel is None:
-        return paged_attention_in_torch(
-            q_NHE, k_NKE, v_NKE, keys, values, pages_M, bounds_4S, sight_3N, scale, window, cap
-        )
+    kernel = native.library()
+    assert kernel is not None
     q_NHE, k_NKE, v_NKE = (t if t.flatten(1).stride(1) == 1 else t.contiguous() for t in (q_NHE, k_NKE, v_NKE))
     if v_NKE.stride(0) != k_NKE.stride(0):
         k_NKE, v_NKE = k_NKE.contiguous(), v_NKE.contiguous()

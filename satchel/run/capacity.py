@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,18 +24,21 @@ from satchel.core.serve_seams import Draft, Second
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
 from satchel.model.forward import HEAD_ROWS, Part, hidden, logits
-from satchel.model.paged import PAGE, Pool, block_bytes
+from satchel.model.paged import PAGE, Pages, Pool, block_bytes
 from satchel.model.sampling import gumbel, kept
 from satchel.model.source import Source
+from satchel.model.spans import FEW
 from satchel.model.storage import storage
 from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
+from satchel.run.graphs import GRAPH_BYTES, sizes
 from satchel.run.memory import available_bytes, resident_bytes
 from satchel.run.rehearse import staged
 from satchel.run.rung import GROWTH, PROCESS, process_bytes
 from satchel.run.scheduler import Limits
 from satchel.run.tracker import Tracker
 
+GRAPHS = "graphs"  # account of recorded steps
 LEAST = 512  # tokens that a pool holds at least; one whole context if that is shorter
 
 
@@ -44,7 +48,7 @@ class Capacity:
 
     limits: Limits
     budget_bytes: int
-    accounts: dict[str, int]  # bytes of the peak: weights, workspace, process, requests, kv
+    accounts: dict[str, int]  # bytes of the peak: weights, workspace, process, graphs, requests, kv
 
     @property
     def tokens(self) -> int:
@@ -67,6 +71,8 @@ def capacity(
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
     tensors = rehearse_all(job, config, seconds, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"], GROWTH)}
+    if device == "cuda":
+        accounts[GRAPHS] = recordings_bytes(job, config, device, source)
     if reserve_bytes and device != "cuda":
         accounts["requests"] = reserve_bytes
     fixed = sum(accounts.values())
@@ -100,8 +106,23 @@ def rehearse_all(
     return highest | {"weights": sum(accounts["weights"] for accounts in found)}
 
 
-def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Source | None = None) -> dict[str, int]:
-    """Bytes by account at the peak of loading one model and of its largest step, the pool left out."""
+def recordings_bytes(job: ServeJob, config: ModelConfig, device: str, source: Source | None = None) -> int:
+    """Of all recorded steps: the memory of the largest, which the others share, and what each is beside its tensors."""
+    context = job.context or config.context
+    table, rows = [0] * -(-context // PAGE), min(FEW, context)
+    parts = [Part([0] * rows, Draft(), table, context - rows, n * rows) for n in range(job.batch)]
+    tensors = rehearse_engine(job, config, device, source, parts)
+    return sum(tensors.values()) - tensors["weights"] + GRAPH_BYTES * prod(map(len, sizes(context, job.batch, 0)))
+
+
+def rehearse_engine(
+    job: ServeJob,
+    config: ModelConfig,
+    device: str,
+    source: Source | None = None,
+    parts: Sequence[Part] | None = None,
+) -> dict[str, int]:
+    """Bytes by account at the peak of loading one model and of a step, its largest by default; the pool left out."""
     kinds = list(zip(config.layer_kinds, source.layer_encodings, strict=True)) if source else config.layer_kinds
     layers = shallow(kinds)
     format = None if job.format == "auto" else make("format", job.format)
@@ -110,13 +131,18 @@ def rehearse_engine(job: ServeJob, config: ModelConfig, device: str, source: Sou
         pool = Pool(model.config, 1, DTYPES[job.dtype], device)
         tracker.label([pool.data], "kv")
         tracker.mark("step", "blocks")
-        part = Part([0] * job.step_tokens, Draft(), [0] * -(-job.step_tokens // PAGE), 0, 0)
-        x_ND = hidden(model, pool.pages, [part])
+        x_ND = hidden(model, pool.pages, parts or [_largest(job, pool.pages)])
         tracker.mark("step", "head")
         _choose(logits(model, x_ND[: min(HEAD_ROWS, job.step_tokens)]))
     phases = extend(tracker, stand_ins(kinds, layers))
     peak = max(phases, key=lambda phase: phase.peak_bytes - phase.accounts.get("kv", 0))
     return {account: size for account, size in peak.accounts.items() if account != "kv"}
+
+
+def _largest(job: ServeJob, pages: Pages) -> Part:
+    """The part of a prompt that takes most: where pages are copied to be read, the last of the longest prompt."""
+    past = 0 if pages.native else max((job.context or pages.context) - job.step_tokens, 0)
+    return Part([0] * job.step_tokens, Draft(), [0] * -(-(past + job.step_tokens) // PAGE), past, 0)
 
 
 def _choose(logits_RV: Tensor) -> None:

@@ -25,13 +25,14 @@ from satchel.core.book import make
 from satchel.core.request import Event, Request
 from satchel.core.serve_seams import Draft
 from satchel.model.decoder import Decoder
-from satchel.model.forward import Part, chosen, groups, hidden, logits
-from satchel.model.paged import PAGE, Pool
+from satchel.model.forward import Part, chosen, groups, logits
+from satchel.model.paged import PAGE, Pages, Pool
 from satchel.model.sampling import sound
 from satchel.run.adapters import Adapters
 from satchel.run.answers import Answers
 from satchel.run.blocks import Blocks
 from satchel.run.choice import add_states, mean_state, next_token, rate_prompt, rated
+from satchel.run.graphs import Eager
 from satchel.run.intake import begin, check
 from satchel.run.scheduler import Limits, Scheduler, Turn
 from satchel.run.sequence import Sequence
@@ -59,6 +60,7 @@ class Engine:
         decoding: str = "plain",
         skip: str = "none",
         seed: int = 0,
+        runner: Callable[[Decoder, Pages], Eager] = Eager,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The pool is allocated here. Without a `tokenizer`, events have no text and stop texts are refused."""
@@ -70,6 +72,7 @@ class Engine:
         blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)
         self.scheduler = Scheduler(limits, blocks, make("admission", admission), self.adapters, clock, self.pool.copy)
+        self.runner = runner(model, self.pool.pages)
         self.proposer = how.start(model, self.pool.beside, tokenizer)
         skipping = make("skip", skip)
         self.skipper = skipping.start(model, tokenizer) if skipping else None
@@ -111,7 +114,7 @@ class Engine:
         sequences = sorted(turn.work, key=lambda s: s.root)  # those of one adapter stand together
         parts = self._parts(turn, sequences, self._propose(turn))
         with self.adapters.using((s.adapter, part.all_rows) for s, part in zip(sequences, parts, strict=True)):
-            x_ND = hidden(self.model, self.pool.pages, parts, self.skipper)
+            x_ND = self.runner.hidden(parts, self.skipper)
         self.counts.update(steps=1, tokens=sum(part.fed for part in parts))
         return events + self._accept(sequences, parts, x_ND)
 
@@ -123,6 +126,10 @@ class Engine:
     def unregister(self, name: str) -> None:
         """Forget an adapter's name; answers that are under way keep it. Raises UnknownName."""
         self.adapters.remove(name)
+
+    def warm(self) -> None:
+        """Prepare for steps of all sizes, if there is anything to prepare: before requests come."""
+        self.runner.warm(self.limits.batch, self.proposer.most)
 
     def run(self) -> list[Event]:
         """Steps until idle: all events."""
@@ -148,6 +155,7 @@ class Engine:
             "adapters": len(self.adapters.registered),
             "adapters_resident": len(self.adapters.resident),
             "adapter_loads": self.adapters.loads,
+            "replayed": self.runner.replayed,
             "skipped": self.skipper.skipped if self.skipper else 0,
             **{name: self.counts[name] for name in COUNTS},
         }

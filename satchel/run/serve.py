@@ -22,10 +22,11 @@ from satchel.model.source import find_source, load_tokenizer
 from satchel.model.storage import storage
 from satchel.model.tokenizer import Tokenizer
 from satchel.run.assemble import DTYPES
-from satchel.run.capacity import Capacity, capacity, second_models
+from satchel.run.capacity import GRAPHS, Capacity, capacity, second_models
 from satchel.run.device import resolve
 from satchel.run.engine import Engine
 from satchel.run.governor import Governor
+from satchel.run.graphs import runner
 from satchel.run.memory import install_pool
 from satchel.run.scheduler import Limits
 from satchel.run.warm import miniature
@@ -77,10 +78,12 @@ def open_service(
         decoding=job.decoding,
         skip=job.skip,
         seed=job.seed,
+        runner=runner(device, room.accounts.get(GRAPHS, 0)),
         clock=clock,
     )
     for folder in adapter_folders(job.adapters):
         engine.register(folder.name, folder)
+    engine.warm()
     return Service(job, engine, tokenizer, room, governor, other)
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from satchel.model import spans
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
-from satchel.model.paged import PAGE, Pool, Row, Stretch, ancestry, paged_attention_in_torch, sights
+from satchel.model.paged import PAGE, Pages, Pool, Row, Stretch, ancestry, sights
 from satchel.native import levels
 from satchel.native import paged as native
 from tests.model.families import SHAPE
@@ -17,6 +18,7 @@ FAMILIES = {
     "gemma2": {"model_type": "gemma2", "sliding_window": 4, "attn_logit_softcapping": 2.0},
     "gpt_neox": {"model_type": "gpt_neox"},
 }
+LAYER = {"model_type": "llama", "num_hidden_layers": 1}
 RNG = torch.Generator().manual_seed(0)
 PASTS, NEW = (0, 37, 200, 5, 15), (19, 1, 3, 1, 1)  # of five sequences
 TREES = (19, 6, 30, 7, 2)  # guesses after them; those of the first are one chain
@@ -71,9 +73,24 @@ def seen_by(parents=((),) * 5, new_tokens=NEW):
 
 def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0, sight=None):
     sight = seen_by() if sight is None else sight
-    keys, values = data[:, 0], data[:, 1]
-    run = torch.ops.satchel.paged_attention if path == "native" else paged_attention_in_torch
-    return run(*shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap)
+    if path == "native":
+        keys, values = data[:, 0], data[:, 1]
+        return torch.ops.satchel.paged_attention(*shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap)
+    row = in_torch(shaped, data, pages_M, bounds, sight)
+    return row.layers[0].attend(*(t[None] for t in shaped), scale=0.3, window=window, cap=cap)[0]
+
+
+def in_torch(shaped, data, pages_M, bounds, sight):
+    """The row as torch attends, over pages of one layer."""
+    (count, *_, dim), kv_heads = shaped[0].shape, shaped[1].shape[1]
+    config = ModelConfig.from_hf(
+        SHAPE | LAYER | {"num_attention_heads": kv_heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    )
+    stretches = [Stretch(pages_M[start:].tolist(), past, stop - at) for start, at, past, stop in bounds.T.tolist()]
+    tiles = spans.cut(stretches)
+    shape = spans.fitting(tiles, count)
+    numbers = torch.tensor(spans.laid(shape, tiles, stretches, sight.numpy()))
+    return spans.Spans(Pages(data.flatten(1), config, 0), shape, numbers)
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -1,12 +1,20 @@
-"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's."""
+"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's; an engine's
+recorded steps say what eager ones and the CPU do, in the memory that was set aside."""
 
 import pytest
 import torch
 
 from satchel.core.job import TuneJob
+from satchel.core.request import Request
+from satchel.core.serve import ServeJob
 from satchel.model.config import ModelConfig
+from satchel.model.decoder import Decoder
+from satchel.run.capacity import recordings_bytes
+from satchel.run.engine import Engine
 from satchel.run.governor import Governor
+from satchel.run.graphs import Eager, runner
 from satchel.run.rehearse import rehearse
+from satchel.run.scheduler import Limits
 from satchel.run.step import train_step
 from satchel.run.warm import MINIATURE, real
 
@@ -64,3 +72,61 @@ def test_what_is_copied_from_it_while_a_step_computes_is_what_was_saved(ring_mib
     assembly.saver.finish()
     assert found["all"] == b"".join(bytes(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in before.values())
     assert not all(torch.equal(tensor.cpu(), before[name]) for name, tensor in tensors.items())
+
+
+def serving(device: str, how, dtype=torch.float32, decoding: str = "plain", **limits) -> Engine:
+    model = Decoder(CONFIG, dtype)
+    model.init_weights(torch.Generator().manual_seed(0), std=0.1)
+    sizes = {"blocks": 100, "batch": 8, "step_tokens": 128, "context": 512} | limits
+    engine = Engine(model.to(device), Limits(**sizes), decoding=decoding, runner=how)
+    engine.warm()
+    return engine
+
+
+def said(engine: Engine) -> dict[int, list[int]]:
+    """What it answers to prompts of many lengths, one of which repeats itself."""
+    prompts = [(5 + i,) * (1 + 23 * i) for i in range(8)] + [(5, 9, 17, 33) * 20]
+    for number, prompt in enumerate(prompts):
+        engine.submit(Request(prompt=prompt, max_tokens=10 + 6 * number))
+    tokens: dict[int, list[int]] = {}
+    for event in engine.run():
+        tokens.setdefault(event.id, []).extend(event.tokens)
+    engine.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize("decoding", ["plain", "lookup:tokens=5"])
+@pytest.mark.parametrize("limits", [{}, {"blocks": 40}])
+def test_recorded_steps_say_what_eager_ones_and_the_cpu_say(decoding: str, limits: dict) -> None:
+    recorded = serving("cuda", runner("cuda", 2 << 30), decoding=decoding, **limits)
+    answers = said(recorded)
+    assert answers == said(serving("cuda", Eager, decoding=decoding, **limits))
+    assert answers == said(serving("cpu", Eager, **limits))
+    stats = recorded.stats()
+    assert stats["replayed"] > stats["steps"] / 2
+    assert stats["preemptions"] > 0 or not limits
+
+
+def test_a_recorded_step_gives_the_same_bits_each_time() -> None:
+    how = runner("cuda", 2 << 30)
+    first, second = (said(serving("cuda", how, torch.bfloat16)) for _ in range(2))
+    assert first == second
+
+
+def test_recordings_stay_within_the_memory_that_is_set_aside() -> None:
+    job = ServeJob(model="toy", batch=8, context=512, step_tokens=128)
+    room = recordings_bytes(job, CONFIG, "cuda")
+    said(serving("cuda", Eager, torch.bfloat16))  # what libraries keep for good
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    engine = serving("cuda", runner("cuda", room), torch.bfloat16)
+    weights = sum(p.nbytes for p in engine.model.parameters()) + engine.pool.data.nbytes
+    torch.cuda.empty_cache()
+    assert before - torch.cuda.mem_get_info()[0] <= weights + room + (32 << 20)  # the allocator's segments
+    assert engine.runner.recordings
+
+
+def test_where_there_is_no_room_steps_run_eagerly() -> None:
+    engine = serving("cuda", runner("cuda", 0))
+    assert said(engine) == said(serving("cuda", Eager))
+    assert len(engine.runner.recordings) <= 1
