@@ -31,7 +31,7 @@ from satchel.model.spans import FEW
 from satchel.model.storage import storage
 from satchel.run.assemble import DTYPES
 from satchel.run.extend import extend, shallow, stand_ins
-from satchel.run.graphs import GRAPH_BYTES, sizes
+from satchel.run.graphs import GRAPH_BYTES, STREAM_BYTES, sizes
 from satchel.run.memory import available_bytes, resident_bytes
 from satchel.run.rehearse import staged
 from satchel.run.rung import GROWTH, PROCESS, process_bytes
@@ -112,7 +112,8 @@ def recordings_bytes(job: ServeJob, config: ModelConfig, device: str, source: So
     table, rows = [0] * -(-context // PAGE), min(FEW, context)
     parts = [Part([0] * rows, Draft(), table, context - rows, n * rows) for n in range(job.batch)]
     tensors = rehearse_engine(job, config, device, source, parts)
-    return sum(tensors.values()) - tensors["weights"] + GRAPH_BYTES * prod(map(len, sizes(context, job.batch, 0)))
+    beside = STREAM_BYTES + GRAPH_BYTES * prod(map(len, sizes(context, job.batch, 0)))
+    return sum(tensors.values()) - tensors["weights"] + beside
 
 
 def rehearse_engine(

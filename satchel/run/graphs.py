@@ -33,6 +33,7 @@ from satchel.model.spans import FEW, Group, Shape, Spans, Tile, cut, laid
 # N tokens of a row, D width
 
 GRAPH_BYTES = 4 << 20  # of one recording beside its tensors: a guess, which no GPU has confirmed
+STREAM_BYTES = 32 << 20  # that matrix products set aside for the stream on which steps are recorded
 SHORTEST = 16  # pages of the shortest table that steps are recorded for; each next is twice as long
 
 

@@ -1,5 +1,5 @@
-"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's; an engine's
-recorded steps say what eager ones and the CPU do, in the memory that was set aside."""
+"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's; recorded
+steps of an engine say what eager ones and the CPU do, in the memory that was set aside."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_recordings_stay_within_the_memory_that_is_set_aside() -> None:
     engine = serving("cuda", runner("cuda", room), torch.bfloat16)
     weights = sum(p.nbytes for p in engine.model.parameters()) + engine.pool.data.nbytes
     torch.cuda.empty_cache()
-    assert before - torch.cuda.mem_get_info()[0] <= weights + room + (32 << 20)  # the allocator's segments
+    assert before - torch.cuda.mem_get_info()[0] <= weights + room + (64 << 20)  # segments of the allocator, libraries
     assert engine.runner.recordings
 
 
