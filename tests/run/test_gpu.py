@@ -96,7 +96,7 @@ def said(engine: Engine) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("decoding", ["plain", "lookup:tokens=5"])
-@pytest.mark.parametrize("limits", [{}, {"blocks": 40}])
+@pytest.mark.parametrize("limits", [{}, {"blocks": 20}])
 def test_recorded_steps_say_what_eager_ones_and_the_cpu_say(decoding: str, limits: dict) -> None:
     recorded = serving("cuda", runner("cuda", 2 << 30), decoding=decoding, **limits)
     answers = said(recorded)
