@@ -157,6 +157,18 @@ class Tiles:
             begin = stop
             active = sum(count > begin for count in pages)
 
+    def first(self, position_AR: Tensor, window: int) -> Tensor:
+        """The first page that each tile may see."""
+        return (position_AR.amin(1) - (window - 1)).clamp(min=0) // PAGE if window else torch.zeros_like(self.end_A)
+
+    def look(self, some: slice, first_A: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        """The pool's pages in a span of tables, [A, L], and the slots there, [A, L * P]; those behind a table's end are
+        nobody's, whatever the page."""
+        page_AL, device = self.page_AL[some], first_A.device
+        at_AL = first_A[:, None] + torch.arange(span.start, span.stop, device=device)
+        slot_ALP = at_AL[..., None] * PAGE + torch.arange(PAGE, device=device)
+        return page_AL.gather(1, at_AL.clamp(max=page_AL.shape[1] - 1)), slot_ALP.flatten(1)
+
 
 class Spans:
     """A row over pages: what `Decoder.hidden` takes as its cache."""
@@ -166,11 +178,8 @@ class Spans:
         self.pages, self.shape, self.flat = pages, shape, flat
         self.slot_N, self.source_N, sight, *_ = flat.split(shape.sizes)
         self.sight_3N = sight.view(3, -1)
-
-    @cached_property
-    def layers(self) -> list[SpanLayer]:
-        """The row as each layer sees it."""
-        return [SpanLayer(self, index) for index in range(self.pages.data.shape[1])]
+        self._sights: dict[int, Tensor] = {}
+        self.layers = [SpanLayer(self, index) for index in range(pages.data.shape[1])]  # the row as each layer sees it
 
     @cached_property
     def tiles(self) -> list[Tiles]:
@@ -185,12 +194,13 @@ class Spans:
 
     def sight(self, window: int) -> Tensor:
         """What each row sees, [3, N + 1]: the last one is none, which sees nothing."""
-        limit_N, branch_N, position_N = self.sight_3N
-        if window:
-            branch_N = _latest(branch_N, window)
-        nothing_31 = torch.zeros_like(self.sight_3N[:, :1])
-        nothing_31[2] = NOWHERE
-        return torch.cat([torch.stack([limit_N, branch_N, position_N]), nothing_31], 1)
+        if window not in self._sights:
+            limit_N, branch_N, position_N = self.sight_3N
+            nothing_31 = torch.zeros_like(self.sight_3N[:, :1])
+            nothing_31[2] = NOWHERE
+            some = torch.stack([limit_N, _latest(branch_N, window) if window else branch_N, position_N])
+            self._sights[window] = torch.cat([some, nothing_31], 1)
+        return self._sights[window]
 
 
 class SpanLayer:
@@ -223,34 +233,42 @@ class SpanLayer:
         self, q_ARHE: Tensor, tiles: Tiles, sight_3AR: Tensor, scale: float, window: int, cap: float | None
     ) -> Tensor:
         """What the tiles' rows find, [A, R, H, E]."""
-        pages = self.row.pages
-        rows, groups = q_ARHE.shape[1], q_ARHE.shape[2] // pages.heads
-        q_AKME = q_ARHE.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        best_AKM1 = torch.full_like(q_AKME[..., :1], LOWEST, dtype=wide(q_AKME.dtype))
-        sum_AKM1, out_AKME = torch.zeros_like(best_AKM1), torch.zeros_like(q_AKME, dtype=best_AKM1.dtype)
-        first_A = (
-            (sight_3AR[2].amin(1) - (window - 1)).clamp(min=0) // PAGE if window else torch.zeros_like(tiles.end_A)
-        )
-        numbers = PAGE * max(2 * pages.heads * pages.dim, q_ARHE.shape[2] * rows)
-        for some, span in tiles.steps(window, numbers):
-            at_AL = first_A[some, None] + torch.arange(span.start, span.stop, device=first_A.device)
-            k_AKES, v_AKSE = pages.read(
-                self.index, tiles.page_AL[some].gather(1, at_AL.clamp(max=tiles.page_AL.shape[1] - 1))
-            )
-            slot_AS = (at_AL[..., None] * PAGE + torch.arange(PAGE, device=at_AL.device)).flatten(1)
-            score_AKMS = (q_AKME[some] @ k_AKES).to(best_AKM1.dtype).mul_(scale)
+        pages, rows, heads = self.row.pages, *q_ARHE.shape[1:3]
+        q_AKME = q_ARHE.unflatten(2, (pages.heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        first_A, found = tiles.first(sight_3AR[2], window), Found(q_AKME)
+        for some, span in tiles.steps(window, PAGE * max(2 * pages.heads * pages.dim, heads * rows)):
+            page_AL, slot_AS = tiles.look(some, first_A[some], span)
+            k_AKES, v_AKSE = pages.read(self.index, page_AL)
+            score_AKMS = (q_AKME[some] @ k_AKES).to(found.best_AKM1.dtype).mul_(scale)
             if cap:
                 score_AKMS.div_(cap).tanh_().mul_(cap)
             seen_ARS = seen(sight_3AR[:, some, :, None], slot_AS[:, None], window)
-            score_AKMS.unflatten(2, (groups, rows)).masked_fill_(~seen_ARS[:, None, None], -torch.inf)
+            score_AKMS.unflatten(2, (-1, rows)).masked_fill_(~seen_ARS[:, None, None], -torch.inf)
             v_AKSE.masked_fill_((slot_AS >= tiles.end_A[some, None])[:, None, :, None], 0)  # memory that nobody wrote
-            top = torch.maximum(best_AKM1[some], score_AKMS.amax(-1, keepdim=True))
-            fade, share = (best_AKM1[some] - top).exp_(), score_AKMS.sub_(top).exp_()
-            sum_AKM1[some] = sum_AKM1[some] * fade + share.sum(-1, keepdim=True)
-            out_AKME[some] = out_AKME[some] * fade + share.to(v_AKSE.dtype) @ v_AKSE
-            best_AKM1[some] = top
-        found_AKME = (out_AKME / sum_AKM1).to(q_AKME.dtype)
-        return found_AKME.unflatten(2, (groups, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            found.add(some, score_AKMS, v_AKSE)
+        return found.mean_AKME().unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_ARHE.dtype)
+
+
+class Found:
+    """A softmax under way: what it needs to go on."""
+
+    def __init__(self, q_AKME: Tensor) -> None:
+        self.sum_AKME = torch.zeros_like(q_AKME, dtype=wide(q_AKME.dtype))
+        self.best_AKM1 = torch.full_like(self.sum_AKME[..., :1], LOWEST)
+        self.share_AKM1 = torch.zeros_like(self.best_AKM1)
+
+    def add(self, some: slice, score_AKMS: Tensor, v_AKSE: Tensor) -> None:
+        """Slots more, for the first tiles. Overwrites the scores."""
+        best, share, total = self.best_AKM1[some], self.share_AKM1[some], self.sum_AKME[some]
+        top = torch.maximum(best, score_AKMS.amax(-1, keepdim=True))
+        fade, new_AKMS = (best - top).exp_(), score_AKMS.sub_(top).exp_()
+        share.mul_(fade).add_(new_AKMS.sum(-1, keepdim=True))
+        total.mul_(fade).add_(new_AKMS.to(v_AKSE.dtype) @ v_AKSE)
+        best.copy_(top)
+
+    def mean_AKME(self) -> Tensor:
+        """The values, weighted by their shares; not a number for a row that saw nothing."""
+        return self.sum_AKME / self.share_AKM1
 
 
 def seen(sight_3: Tensor, slot: Tensor, window: int) -> Tensor:

@@ -161,8 +161,8 @@ class Recorded(Eager):
         if skipper is None and self.recordings and self._same():
             stretches = [Stretch(part.table, part.past, part.fed, part.draft.parents) for part in parts]
             tiles, *others = cut(stretches)
-            recording = None if others else self.recordings.get(self._holding(tiles))
-            if recording is not None:
+            shape = None if others else self._holding(tiles)
+            if shape and (recording := self.recordings.get(shape)):
                 self.replayed += 1
                 return recording.hidden(parts, stretches, tiles)
         return super().hidden(parts, skipper)
