@@ -105,13 +105,13 @@ def fitting(tiles: Sequence[Sequence[Tile]], rows: int) -> Shape:
 
 
 def laid(
-    shape: Shape, tiles: Sequence[Sequence[Tile]], stretches: Sequence[Stretch], sight_3N: np.ndarray
+    shape: Shape, tiles: Sequence[Sequence[Tile]], stretches: Sequence[Stretch], sight_3N: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """The numbers of a row in a shape that has room for it. A row beyond the stretches' is filler: it stores what the
     first one stores, in the same slot, and nobody looks for it."""
     flat = np.zeros(sum(shape.sizes), dtype=np.int64)
     slot_N, source_N, sight, *rest = np.split(flat, list(accumulate(shape.sizes))[:-1])
-    count = sight_3N.shape[1]
+    count = len(sight_3N[0])
     slot_N[:count], source_N[:count] = _slots(stretches), np.arange(count)
     slot_N[count:] = slot_N[0]
     sight.reshape(3, -1)[:, :count] = sight_3N

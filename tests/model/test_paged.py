@@ -89,7 +89,7 @@ def in_torch(shaped, data, pages_M, bounds, sight):
     stretches = [Stretch(pages_M[start:].tolist(), past, stop - at) for start, at, past, stop in bounds.T.tolist()]
     tiles = spans.cut(stretches)
     shape = spans.fitting(tiles, count)
-    numbers = torch.tensor(spans.laid(shape, tiles, stretches, sight.numpy()))
+    numbers = torch.tensor(spans.laid(shape, tiles, stretches, sight.tolist()))
     return spans.Spans(Pages(data.flatten(1), config, 0), shape, numbers)
 
 
