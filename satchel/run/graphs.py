@@ -136,14 +136,15 @@ class Recorded(Eager):
 
     @torch.inference_mode()
     def warm(self, batch: int, guesses: int) -> None:
-        """Record steps of all sizes, the largest first: the others fit into its memory."""
+        """Record steps of all sizes, the largest first, into whose memory the others fit, then the smallest on."""
         self.recordings.clear()
         self._links = list(_links(self.model))
         self._sizes = sizes(self.pages.context, batch, guesses)
         if not self._same():
             return
         first = self.pages.data[0].clone()  # what is run while it is recorded writes there
-        for shape in sorted(self._shapes(), key=lambda shape: -sum(shape.sizes)):
+        *others, largest = sorted(self._shapes(), key=lambda shape: sum(shape.sizes))
+        for shape in (largest, *others):
             try:
                 recording = Recording(self.model, self.pages, shape, self.record)
             except torch.OutOfMemoryError:
@@ -168,8 +169,9 @@ class Recorded(Eager):
         return super().hidden(parts, skipper)
 
     def _shapes(self) -> Iterator[Shape]:
-        rows, tiles, pages = self._sizes
-        return (_shape(r, a, n) for r in rows for a in tiles for n in pages)
+        """What to record: tables of more pages together than twice the pool's would be nearly empty, whatever runs."""
+        (rows, tiles, pages), most = self._sizes, 2 * len(self.pages.data)
+        return (_shape(r, a, n) for r in rows for a in tiles for n in pages if n == pages[0] or a * n <= most)
 
     def _holding(self, tiles: Sequence[Tile]) -> Shape | None:
         """The smallest of all sizes that has room for tiles."""

@@ -159,7 +159,14 @@ def test_recordings_end_where_memory_does(model):
 
     runner = Recorded(model, Pool(model.config, 4, torch.float32).pages, Two())
     runner.warm(8, 0)
-    assert [shape.rows for shape in runner.recordings] == [8, 7]
+    assert [shape.rows for shape in runner.recordings] == [8, 1]
+
+
+def test_tables_that_the_pool_could_not_fill_are_not_recorded(model):
+    runner = recorded(model, Pool(model.config, 40, torch.float32).pages)
+    runner.warm(3, 0)
+    found = {(shape.rows, shape.groups[0].pages[0]) for shape in runner.recordings}
+    assert found == {(1, 16), (2, 16), (3, 16), (1, 32), (2, 32)}
 
 
 def test_sizes_are_four_to_an_octave_and_tables_one():
