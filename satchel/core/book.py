@@ -19,7 +19,7 @@ from satchel.core.knobs import Knob, parse_knobs, read_knobs
 
 PACKAGE = Path(__file__).parent.parent
 HOUSE = ("core", "model", "run", "cli", "native", "studies")  # folders that hold no methods
-OPTIONAL = ("adapter", "format", "activations", "surgery", "selector", "skip")  # slots that may be `none`
+OPTIONAL = ("adapter", "format", "activations", "surgery", "selector", "skip", "kv")  # slots that may be `none`
 SLOTS = {seam.__name__: seam.slot for seam in seams.Method.__subclasses__()}
 
 
@@ -116,6 +116,8 @@ def make(slot: Literal["schedule"], spelling: str) -> seams.Schedule: ...
 def make(slot: Literal["mixture"], spelling: str) -> seams.Mixture: ...
 @overload
 def make(slot: Literal["skip"], spelling: str) -> serve_seams.Skip | None: ...
+@overload
+def make(slot: Literal["kv"], spelling: str) -> serve_seams.KV | None: ...
 @overload
 def make(slot: str, spelling: str) -> seams.Method | None: ...
 def make(slot: str, spelling: str) -> seams.Method | None:

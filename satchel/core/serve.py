@@ -19,7 +19,7 @@ from satchel.core.units import parse_bytes
 
 TOGETHER = 8  # bodies of the largest size that may be held at once
 PARSED = 24  # times its size that a body may take while it is read
-METHOD_FIELDS = ("format", "admission", "preemption", "decoding", "skip")  # each named after its slot
+METHOD_FIELDS = ("format", "admission", "preemption", "decoding", "skip", "kv")  # each named after its slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ServeJob:
     model: str  # 'demo', a Hugging Face folder, a .gguf file, or a hub id
     device: str = "auto"  # auto, cpu or cuda
     memory: str = "auto"  # what the process may use, such as 1GiB; auto: what the machine has free now
-    dtype: str = "bf16"  # of the weights, and of keys and values: bf16 or fp32
+    dtype: str = "bf16"  # of the weights, and of keys and values as they are: bf16 or fp32
     format: str = "auto"  # storage of the weights, such as int8, int4:group=64; auto: on a CPU the file's own bits
     context: int = 0  # longest prompt and answer together, tokens; 0: what the model was made for
     batch: int = 32  # answers that grow at once, at most
@@ -40,6 +40,7 @@ class ServeJob:
     preemption: str = "recompute"  # what becomes of keys and values that lose their place
     decoding: str = "plain"  # how tokens are found
     skip: str = "none"  # which feed-forwards a token of an answer leaves out
+    kv: str = "none"  # how keys and values lie in memory: int8 takes half of bf16; none: as they are
     adapters: str = ""  # folder whose subfolders are PEFT adapters, each served under its own name
     seed: int = 0  # of requests that bring none
 

@@ -1,4 +1,5 @@
-"""The seams of serving: who runs next, what becomes of what makes room, and how an answer's next tokens are found.
+"""The seams of serving: who runs next, what becomes of what makes room, how an answer's next tokens are found, and how
+the past is kept.
 
 Torch appears in annotations only.
 """
@@ -8,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from satchel.core.request import Request
 from satchel.core.seams import Method
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from satchel.model.paged import Pages
@@ -261,3 +263,28 @@ class Preemption(Method):
     @abstractmethod
     def start(self, data: Tensor) -> Shelf:
         """The shelf of a pool: `data` is [blocks, ...], one block contiguous."""
+
+
+class KV(Method):
+    """How the keys and values of a token lie in the pool's blocks.
+
+    A token's are some parts, each a few numbers of one dtype, for every layer and head. They follow from its own
+    numbers alone, never from its neighbours or its company: so blocks are filled token by token, found again, shared,
+    copied and moved by whoever holds them, without knowing what is in them.
+    """
+
+    slot = "kv"
+
+    kernel: ClassVar[int | None] = None  # how native/pages.h calls these parts; None: it does not know them
+
+    @abstractmethod
+    def parts(self, dim: int, dtype: torch.dtype) -> tuple[tuple[torch.dtype, int], ...]:
+        """Of the keys, or the values, of a token and head of `dim` numbers of `dtype`: each part's dtype and count."""
+
+    @abstractmethod
+    def encode(self, x_NKE: Tensor) -> tuple[Tensor, ...]:
+        """The parts, [N, K, n] each."""
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Numbers of parts, [..., n] each: [..., E] of `dtype`."""

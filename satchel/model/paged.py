@@ -4,12 +4,13 @@
     row = Row(pool.pages, [Stretch(table, past=32, tokens=1), ...]);   x_1ND = decoder.hidden(tokens_1N, cache=row)
 
 A block is 16 tokens in all layers, contiguous, so that it is moved by one copy. Within it lie, layer by layer, the keys
-as [K, E, 16] and the values as [K, 16, E]; behind them those of a second model that reads the same tokens, if there is
-one: who holds, shares, copies or moves a block does so for both. The new tokens of all sequences form one row without
-padding; each attends to its own sequence only, through the sequence's table of blocks. Its last ones may be a tree of
-guesses: a guess lies in the slot after the guess before it, stands at the position after its parent's, and sees what
-came before the tree and its own branch. On a CPU that is native/paged.cpp, which copies nothing; elsewhere, and without
-a compiler, it is torch (spans.py), which knows of pages only what `store` and `read` do.
+as [K, E, 16] and the values as [K, 16, E], or what the slot `kv` makes of them (kv.py); behind them those of a second
+model that reads the same tokens, if there is one: who holds, shares, copies or moves a block does so for both. The new
+tokens of all sequences form one row without padding; each attends to its own sequence only, through the sequence's
+table of blocks. Its last ones may be a tree of guesses: a guess lies in the slot after the guess before it, stands at
+the position after its parent's, and sees what came before the tree and its own branch. On a CPU that is
+native/paged.cpp, which copies nothing; elsewhere, and without a compiler, it is torch (spans.py), which knows of pages
+only what `store` and `read` do.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from satchel.model.config import ModelConfig
+from satchel.model.kv import kv_of, parts_of, token_bytes
 from satchel.model.spans import SpanLayer, Spans, cut, fitting, laid
 from satchel.native import paged as native
 
-# N tokens of the row, T of one sequence, S sequences or its slots, B blocks of X numbers, M pages of all tables
+# N tokens of the row, T of one sequence, S sequences or its slots, B blocks of X numbers, M pages of all tables,
 # H query heads, K kv heads, E head dim, P = PAGE
 
 PAGE = native.PAGE
@@ -33,43 +35,49 @@ TREE = 63  # tokens of a tree at most: bits of a number
 class Pages:
     """The keys and values of one model in a pool."""
 
-    def __init__(self, data_BX: Tensor, config: ModelConfig, context: int) -> None:
-        """`data_BX`: its part of every block."""
-        self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, PAGE * config.head_dim))
+    def __init__(self, data_BX: Tensor, config: ModelConfig, context: int, kv: str = "none") -> None:
+        """`data_BX`: its part of every block; `kv`: how keys and values lie there."""
+        self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, -1))
         self.context = context  # the longest sequence there will be, tokens
-        self.heads, self.dim = config.kv_heads, config.head_dim
+        self.heads, self.dim, self.kv = config.kv_heads, config.head_dim, kv_of(kv)
+        keys, values = (parts_of(self.kv, half, self.dim) for half in self.data.unbind(2))
+        self.keys = [part.unflatten(-1, (-1, PAGE)) for part in keys]  # [B, layers, K, n, P] each
+        self.values = [part.unflatten(-1, (PAGE, -1)) for part in values]  # [B, layers, K, P, n]
 
     @property
     def native(self) -> bool:
         """Whether the compiled kernel knows these pages and numbers."""
         data = self.data
         known = data.device.type == "cpu" and data.dtype in (torch.float32, torch.bfloat16)
-        return known and native.library() is not None
+        return known and self.kv.kernel is not None and native.library() is not None
 
     def store(self, layer: int, slot_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Keys and values of a layer go into slots of the pool, counted over all its blocks."""
-        keys_BKEP, values_BKPE = self._layer(layer)
-        keys_BKEP[slot_N // PAGE, :, :, slot_N % PAGE] = k_NKE
-        values_BKPE[slot_N // PAGE, :, slot_N % PAGE] = v_NKE
+        for key, new in zip(self.keys, self.kv.encode(k_NKE), strict=True):
+            key[:, layer][slot_N // PAGE, :, :, slot_N % PAGE] = new
+        for value, new in zip(self.values, self.kv.encode(v_NKE), strict=True):
+            value[:, layer][slot_N // PAGE, :, slot_N % PAGE] = new
 
     def read(self, layer: int, page_AL: Tensor) -> tuple[Tensor, Tensor]:
         """A copy of the keys [A, K, E, L * P] and values [A, K, L * P, E] in pages of a layer, as numbers."""
-        keys_BKEP, values_BKPE = self._layer(layer)
-        head_K1, dim_E1 = (torch.arange(n, device=page_AL.device)[:, None] for n in (self.heads, self.dim))
-        k_AKELP = keys_BKEP[page_AL[:, None, None], head_K1[..., None], dim_E1]
-        v_AKLPE = values_BKPE[page_AL[:, None], head_K1]
-        return k_AKELP.flatten(3), v_AKLPE.flatten(2, 3)
-
-    def _layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.data[:, layer].unbind(1)
-        return keys.unflatten(-1, (self.dim, PAGE)), values.unflatten(-1, (PAGE, self.dim))
+        head_K1 = torch.arange(self.heads, device=page_AL.device)[:, None]
+        keys = [_chosen(key[:, layer], page_AL, head_K1).transpose(2, 3) for key in self.keys]
+        values = [value[:, layer][page_AL[:, None], head_K1].flatten(2, 3) for value in self.values]
+        dtype = self.data.dtype
+        return self.kv.decode(keys, dtype).transpose(2, 3), self.kv.decode(values, dtype)
 
     def move(self, old_M: Tensor, new_M: Tensor) -> None:
         """Copy tokens between slots of the pool, counted over all its blocks."""
-        keys, values = self.data.unbind(2)  # [B, layers, K, E * P] and [B, layers, K, P * E]
-        keys, values = keys.unflatten(-1, (-1, PAGE)), values.unflatten(-1, (PAGE, -1))
-        keys[new_M // PAGE, :, :, :, new_M % PAGE] = keys[old_M // PAGE, :, :, :, old_M % PAGE]
-        values[new_M // PAGE, :, :, new_M % PAGE] = values[old_M // PAGE, :, :, old_M % PAGE]
+        for key in self.keys:
+            key[new_M // PAGE, :, :, :, new_M % PAGE] = key[old_M // PAGE, :, :, :, old_M % PAGE]
+        for value in self.values:
+            value[new_M // PAGE, :, :, new_M % PAGE] = value[old_M // PAGE, :, :, old_M % PAGE]
+
+
+def _chosen(key_BKnP: Tensor, page_AL: Tensor, head_K1: Tensor) -> Tensor:
+    """A part of the keys in some pages, [A, K, n, L * P]."""
+    number_n1 = torch.arange(key_BKnP.shape[2], device=page_AL.device)[:, None]
+    return key_BKnP[page_AL[:, None, None], head_K1[..., None], number_n1].flatten(3)
 
 
 class Pool:
@@ -83,16 +91,18 @@ class Pool:
         device: torch.device | str | None = None,
         context: int = 0,
         beside: ModelConfig | None = None,
+        kv: str = "none",
     ) -> None:
         """`context`: the longest sequence there will be, tokens; 0: the longest that the model was made for.
 
         `beside`: a second model, whose keys and values of the same tokens lie in the same blocks.
+        `kv`: how they all lie there, as the slot of this name spells it.
         """
         configs = [config, *([beside] if beside else [])]
-        sizes = [_numbers(each) for each in configs]
+        sizes = [block_bytes(each, dtype, kv) // dtype.itemsize for each in configs]
         self.data = torch.empty(blocks, sum(sizes), dtype=dtype, device=device)
         parts = zip(self.data.split(sizes, dim=1), configs, strict=True)
-        self.pages, *more = (Pages(part_BX, each, context or config.context) for part_BX, each in parts)
+        self.pages, *more = (Pages(part_BX, each, context or config.context, kv) for part_BX, each in parts)
         self.beside = more[0] if more else None
 
     @property
@@ -122,13 +132,9 @@ class Pool:
                 pages.move(old_M, new_M)
 
 
-def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def block_bytes(config: ModelConfig, dtype: torch.dtype, kv: str = "none") -> int:
     """Bytes of the keys and values of PAGE tokens of one model."""
-    return _numbers(config) * dtype.itemsize
-
-
-def _numbers(config: ModelConfig) -> int:
-    return 2 * config.layers * config.kv_heads * config.head_dim * PAGE
+    return 2 * config.layers * config.kv_heads * PAGE * token_bytes(kv_of(kv), config.head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,8 @@ class Row:
     def suits(self, x_BTD: Tensor) -> bool:
         """Whether compiled kernels know these pages and numbers."""
         data = self.pages.data
-        return data.device.type == "cpu" and x_BTD.dtype == data.dtype in (torch.float32, torch.bfloat16)
+        known = self.pages.kv.kernel is not None
+        return known and data.device.type == "cpu" and x_BTD.dtype == data.dtype in (torch.float32, torch.bfloat16)
 
     def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
         """The tokens' positions, and the longest sequence that there may be: one for all, so that no frequency depends
@@ -241,7 +248,7 @@ class LayerPages:
         """Stores keys and values of the new tokens, and attends from these: [1, N, H, E]."""
         row, data = self.row, self.row.pages.data
         keys, values = data[:, self.index, 0], data[:, self.index, 1]
-        how = scale, window or 0, cap or 0.0
+        how = scale, window or 0, cap or 0.0, row.pages.kv.kernel
         return torch.ops.satchel.paged_attention(
             q_1NHE[0], k_1NKE[0], v_1NKE[0], keys, values, row.pages_M, row.bounds_4S, row.sight_3N, *how
         )[None]
@@ -250,7 +257,7 @@ class LayerPages:
 torch.library.define(
     "satchel::paged_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor pages, Tensor bounds, Tensor sight, "
-    "float scale, int window, float cap) -> Tensor",
+    "float scale, int window, float cap, int coded=0) -> Tensor",
 )
 
 
@@ -267,8 +274,9 @@ def _paged_attention(
     scale: float,
     window: int,
     cap: float,
+    coded: int = 0,
 ) -> Tensor:
-    """Out [N, H, E]; zero where a row is filler. Keys and values of one layer are [blocks, K, P * E].
+    """Out [N, H, E]; zero where a row is filler. Keys and values of one layer are [blocks, K, X].
 
     `bounds` holds for each sequence where its table begins in `pages`, its first new token's row, the tokens before it,
     and the row after its last new token; `sight` is what `sights` says.
@@ -289,7 +297,7 @@ def _paged_attention(
         kernel,
         native.Batch(
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-            page_stride=keys.stride(0),
+            page_stride=keys.stride(0) * keys.itemsize,
             q_row=q_NHE.stride(0),
             k_row=k_NKE.stride(0),
             sequences=len(table_S),
@@ -297,6 +305,7 @@ def _paged_attention(
             kv_heads=k_NKE.shape[1],
             dim=q_NHE.shape[2],
             window=window,
+            coded=coded,
             scale=scale,
             cap=cap,
         ),

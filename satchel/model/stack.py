@@ -89,8 +89,8 @@ class Stack:
     def _call(self, row: Row, rows: int, half: int) -> native.Call:
         config, data = self.config, row.pages.data
         return native.Call(
-            page_stride=data.stride(0),
-            half_stride=data.stride(2),
+            page_stride=data.stride(0) * data.itemsize,
+            half_stride=data.stride(2) * data.itemsize,
             count=len(self.blocks),
             rows=rows,
             width=config.width,
@@ -102,6 +102,7 @@ class Stack:
             sequences=row.bounds_4S.shape[1],
             threads=torch.get_num_threads(),
             bf16=self.bf16,
+            coded=row.pages.kv.kernel,
         )
 
     def _described(self) -> Any:

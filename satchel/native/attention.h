@@ -6,8 +6,6 @@
 
 #pragma once
 
-#include <cmath>
-
 #include "attention_tiles.h"
 
 namespace {
@@ -23,33 +21,34 @@ struct Rows {
 };
 
 // Scores of rows [row, row + R) with the keys of P pages, scaled, capped, hidden where a row may not look.
-template <typename T, int R, int P>
-void score(const Batch& b, const Rows& rows, int row, const T* const* keys, int start, Vector* out) {
+template <typename C, int R, int P>
+void score(const Batch& b, const Rows& rows, int row, const Span<C>& span, int page, Vector* out) {
   Vector s[R][P] = {};
   const float* q = rows.q.data() + int64_t{row} * b.dim;
   for (int e = 0; e < b.dim; ++e)
     for (int p = 0; p < P; ++p) {
-      const Vector k = widen16(keys[p] + e * kPage);
+      const Vector k = widen16(span.keys[page + p] + e * kPage);
       for (int r = 0; r < R; ++r) s[r][p] += q[r * b.dim + e] * k;
     }
   for (int r = 0; r < R; ++r) {
     const Sight& sight = rows.sights[(row + r) / rows.group];
     for (int p = 0; p < P; ++p) {
+      s[r][p] = span.scaled(page + p, s[r][p]);
       if (b.cap > 0) s[r][p] = capped(s[r][p], b.cap);
-      out[r * kPages + p] = hidden(sight, start + p * kPage) ? all(kNever) : s[r][p];
+      out[r * kPages + page + p] = hidden(sight, span.start + (page + p) * kPage) ? all(kNever) : s[r][p];
     }
   }
 }
 
 // Features [e, e + 16 W) of: out = out * keep + sum over tokens of share * value, for rows [row, row + R).
-template <typename T, int R, int W>
-void mix_some(const Batch& b, float* out, int e, const float* weight, const float* keep, const T* const* values,
+template <typename C, int R, int W>
+void mix_some(const Batch& b, float* out, int e, const float* weight, const float* keep, const C* const* values,
               int keys) {
   Vector sum[R][W];
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) sum[r][w] = reinterpret_cast<Vector*>(out + r * b.dim + e)[w] * keep[r];
   for (int t = 0; t < keys; ++t) {
-    const T* value = values[t / kPage] + t % kPage * b.dim + e;
+    const C* value = values[t / kPage] + t % kPage * b.dim + e;
     for (int w = 0; w < W; ++w) {
       const Vector v = widen16(value + w * kPage);
       for (int r = 0; r < R; ++r) sum[r][w] += weight[r * kSpan + t] * v;
@@ -59,13 +58,13 @@ void mix_some(const Batch& b, float* out, int e, const float* weight, const floa
     for (int w = 0; w < W; ++w) reinterpret_cast<Vector*>(out + r * b.dim + e)[w] = sum[r][w];
 }
 
-template <typename T, int R>
-void mix(const Batch& b, Rows& rows, int row, const Vector* share, const float* keep, const T* const* values, int keys) {
+template <typename C, int R>
+void mix(const Batch& b, Rows& rows, int row, const Vector* share, const float* keep, const C* const* values, int keys) {
   const float* weight = reinterpret_cast<const float*>(share);
   float* out = rows.out.data() + int64_t{row} * b.dim;
   int e = 0;
-  for (; e + 4 * kPage <= b.dim; e += 4 * kPage) mix_some<T, R, 4>(b, out, e, weight, keep, values, keys);
-  for (; e + kPage <= b.dim; e += kPage) mix_some<T, R, 1>(b, out, e, weight, keep, values, keys);
+  for (; e + 4 * kPage <= b.dim; e += 4 * kPage) mix_some<C, R, 4>(b, out, e, weight, keep, values, keys);
+  for (; e + kPage <= b.dim; e += kPage) mix_some<C, R, 1>(b, out, e, weight, keep, values, keys);
   for (; e < b.dim; ++e)
     for (int r = 0; r < R; ++r) {
       float sum = out[r * b.dim + e] * keep[r];
@@ -76,14 +75,13 @@ void mix(const Batch& b, Rows& rows, int row, const Vector* share, const float* 
 }
 
 // Rows [row, row + R) look at the keys of a span.
-template <typename T, int R>
-void look(const Batch& b, const Span<T>& span, int row, Rows& rows) {
+template <typename C, int R>
+void look(const Batch& b, const Span<C>& span, int row, Rows& rows) {
   Vector s[R * kPages];
   const int pages = span.pages();
   int done = 0;
-  for (; done + 2 <= pages; done += 2)
-    score<T, R, 2>(b, rows, row, span.keys + done, span.start + done * kPage, s + done);
-  if (done < pages) score<T, R, 1>(b, rows, row, span.keys + done, span.start + done * kPage, s + done);
+  for (; done + 2 <= pages; done += 2) score<C, R, 2>(b, rows, row, span, done, s);
+  if (done < pages) score<C, R, 1>(b, rows, row, span, done, s);
   float keep[R];
   for (int r = 0; r < R; ++r) {
     Vector* mine = s + r * kPages;
@@ -95,18 +93,19 @@ void look(const Batch& b, const Span<T>& span, int row, Rows& rows) {
     Vector sum = {};
     for (int p = 0; p < pages; ++p) sum += mine[p] = exponential(mine[p] - top);
     rows.sum[row + r] = rows.sum[row + r] * keep[r] + total(sum);
+    for (int p = 0; p < pages; ++p) mine[p] = span.weighted(p, mine[p]);
   }
-  mix<T, R>(b, rows, row, s, keep, span.values, span.count);
+  mix<C, R>(b, rows, row, s, keep, span.values, span.count);
 }
 
-template <typename T>
-void look(const Batch& b, const Span<T>& span, Rows& rows) {
+template <typename C>
+void look(const Batch& b, const Span<C>& span, Rows& rows) {
   int row = 0;
-  for (; row + kSharing <= rows.count; row += kSharing) look<T, kSharing>(b, span, row, rows);
+  for (; row + kSharing <= rows.count; row += kSharing) look<C, kSharing>(b, span, row, rows);
   switch (rows.count - row) {
-    case 3: return look<T, 3>(b, span, row, rows);
-    case 2: return look<T, 2>(b, span, row, rows);
-    case 1: return look<T, 1>(b, span, row, rows);
+    case 3: return look<C, 3>(b, span, row, rows);
+    case 2: return look<C, 2>(b, span, row, rows);
+    case 1: return look<C, 1>(b, span, row, rows);
   }
 }
 
@@ -128,9 +127,10 @@ void finish(const Batch& b, const Task& task, const Rows& rows) {
   }
 }
 
-template <typename T>
-void look(const Batch& b, const Task& task, Rows& rows) {
-  if (by_tiles<T>(b)) return look_by_tiles(b, task);
+template <typename T, typename C>
+void look_in(const Batch& b, const Task& task, Rows& rows) {
+  if constexpr (std::is_same_v<T, Half>)
+    if (by_tiles<T>(b)) return look_by_tiles<C>(b, task);
   rows.group = b.heads / b.kv_heads;
   rows.count = task.tokens * rows.group;
   rows.q.resize(int64_t{rows.count} * b.dim);
@@ -140,8 +140,13 @@ void look(const Batch& b, const Task& task, Rows& rows) {
   gather<T>(b, task, rows);
   const Reach reach = reach_of(b, task, rows.sights);
   for (int start = reach.oldest / kSpan * kSpan; start < reach.stop; start += kSpan)
-    look<T>(b, Span<T>(b, task.sequence, task.head, start, reach.stop), rows);
+    look<C>(b, Span<C>(b, task.sequence, task.head, start, reach.stop), rows);
   finish<T>(b, task, rows);
+}
+
+template <typename T>
+void look(const Batch& b, const Task& task, Rows& rows) {
+  b.coded ? look_in<T, Code>(b, task, rows) : look_in<T, T>(b, task, rows);
 }
 
 // The longest come first.

@@ -5,8 +5,6 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "pages.h"
 #include "tiles.h"
 
@@ -27,7 +25,7 @@ struct TileRows {
   std::vector<Sight> sights;
   std::vector<Line> q;             // [R][E / 32] tiles
   std::vector<Line> keys, values;  // of a span: [8 pages][E / 32] and [4][E / 16] tiles, pairs of rows interleaved
-  std::vector<float> out, top, sum;  // [R * 16][E], features as `pair_values` parts them; [R * 16]
+  std::vector<float> out, top, sum;  // [R * 16][E], features as `pair_tokens` parts them; [R * 16]
   alignas(64) float scores[kRows * kSpan];
   alignas(64) uint16_t shares[kRows * kSpan];  // [4] tiles
 };
@@ -49,33 +47,53 @@ inline void gather(const Batch& b, const Task& task, TileRows& rows) {
   }
 }
 
-// Features 2 i and 2 i + 1 of 16 tokens side by side.
-inline void pair_keys(const uint16_t* page, int dim, uint16_t* out) {
-  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i pairs = _mm512_load_si512(kPairs);
-  for (int e = 0; e < dim; e += 2)
-    _mm512_store_si512(out + e * kPage, _mm512_permutexvar_epi16(pairs, _mm512_loadu_si512(page + e * kPage)));
+// Codes a and c of 16 places side by side in bfloat16, in which codes are exact.
+inline __m512i side_by_side(const Code* a, const Code* c) {
+  const auto widened = [](const Code* from) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+  };
+  return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(widened(a), 16), widened(c));
 }
 
-// Tokens t and t + 1 side by side, or zeros from token `count` of the span on. Of 32 features the tile on the left has
-// those whose third bit is 0: see `in_order`.
-inline void pair_values(const Span<Half>& span, int dim, uint16_t* out) {
+// Two features of 16 tokens side by side.
+inline __m512i pair_features(const Half* page) {
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), _mm512_loadu_si512(page));
+}
+inline __m512i pair_features(const Code* page) { return side_by_side(page, page + kPage); }
+
+template <typename C>
+void pair_keys(const C* page, int dim, uint16_t* out) {
+  for (int e = 0; e < dim; e += 2) _mm512_store_si512(out + e * kPage, pair_features(page + e * kPage));
+}
+
+// 32 features of two tokens side by side, of which `left` are there and the others zeros, in two tiles. That on the left
+// has those whose third bit is 0: see `in_order`.
+inline void pair_tokens(const Half* a, const Half* c, int left, uint16_t* to) {
+  const __m512i first = left > 0 ? _mm512_loadu_si512(a) : __m512i{};
+  const __m512i second = left > 1 ? _mm512_loadu_si512(c) : __m512i{};
+  _mm512_store_si512(to, _mm512_unpacklo_epi16(first, second));
+  _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(first, second));
+}
+// In order. Codes of a token that is not there are numbers, too, and its share is 0.
+inline void pair_tokens(const Code* a, const Code* c, int, uint16_t* to) {
+  _mm512_store_si512(to, side_by_side(a, c));
+  _mm512_store_si512(to + kTile, side_by_side(a + kRows, c + kRows));
+}
+
+template <typename C>
+void pair_values(const Span<C>& span, int dim, uint16_t* out) {
   const int features = dim / kRows;
   for (int t = 0; t < (span.count + kBlock - 1) / kBlock * kBlock; t += 2) {
-    const auto* page = reinterpret_cast<const uint16_t*>(span.values[std::min(t, span.count - 1) / kPage]);
-    const uint16_t *a = page + t % kPage * dim, *c = a + dim;
+    const C *a = span.values[std::min(t, span.count - 1) / kPage] + t % kPage * dim, *c = a + dim;
     uint16_t* to = out + int64_t{t / kBlock} * features * kTile + t % kBlock * kRows;
-    for (int e = 0; e < dim; e += kBlock, a += kBlock, c += kBlock, to += 2 * kTile) {
-      const __m512i first = t < span.count ? _mm512_loadu_si512(a) : __m512i{};
-      const __m512i second = t + 1 < span.count ? _mm512_loadu_si512(c) : __m512i{};
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(first, second));
-      _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(first, second));
-    }
+    for (int e = 0; e < dim; e += kBlock, to += 2 * kTile) pair_tokens(a + e, c + e, span.count - t, to);
   }
 }
 
-// Two vectors of the features that `pair_values` parted, in their order again.
+// Two vectors of the features that `pair_tokens` parted, in their order again.
 inline void in_order(__m512 left, __m512 right, __m512* out) {
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   out[0] = _mm512_permutex2var_ps(left, low, right);
@@ -129,9 +147,11 @@ inline void mix_tile(const uint16_t* shares, const uint16_t* values, int blocks,
 }
 
 // The scores of a row, capped and hidden where it may not look; gives the largest of them, scaled.
-inline float look_over(const Batch& b, const Sight& sight, const Span<Half>& span, float factor, Vector* scores) {
+template <typename C>
+float look_over(const Batch& b, const Sight& sight, const Span<C>& span, float factor, Vector* scores) {
   const bool all_seen = sight.oldest <= span.start && sight.limit >= span.start + span.count;
   const int pages = span.pages();
+  for (int p = 0; p < pages; ++p) scores[p] = span.scaled(p, scores[p]);
   if (b.cap > 0)
     for (int p = 0; p < pages; ++p) scores[p] = capped(scores[p] * b.scale, b.cap);
   if (!all_seen || span.count % kPage)
@@ -155,19 +175,23 @@ inline Vector two_to(Vector x) {
 }
 
 // The shares of a row, from its scores; gives their sum.
-inline float share_out(const Vector* scores, int pages, float factor, float top, uint16_t* shares) {
+template <typename C>
+float share_out(const Span<C>& span, const Vector* scores, float factor, float top, uint16_t* shares) {
+  const int pages = span.pages();
   Vector sum = {};
   for (int p = 0; p < pages; p += 2, shares += kTile) {
     const Vector a = two_to(scores[p] * factor - top);
     const Vector c = p + 1 < pages ? two_to(scores[p + 1] * factor - top) : Vector{};
     sum += a + c;
-    _mm512_store_si512(shares, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(m512(c), m512(a))));
+    const Vector first = span.weighted(p, a), second = p + 1 < pages ? span.weighted(p + 1, c) : Vector{};
+    _mm512_store_si512(shares, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(m512(second), m512(first))));
   }
   return _mm512_reduce_add_ps(m512(sum));
 }
 
 // A tile of rows, from `first` on, looks at a span.
-inline void span_tile(const Batch& b, const Span<Half>& span, int first, TileRows& rows) {
+template <typename C>
+void span_tile(const Batch& b, const Span<C>& span, int first, TileRows& rows) {
   const int count = std::min(kRows, rows.count - first), pages = span.pages();
   const float factor = 1.44269504f * (b.cap > 0 ? 1.0f : b.scale);  // in powers of two
   score_tile(halves(rows.q) + int64_t{first} * rows.blocks * kBlock, halves(rows.keys), rows.blocks, pages, rows.scores);
@@ -183,7 +207,7 @@ inline void span_tile(const Batch& b, const Span<Half>& span, int first, TileRow
   float* out = rows.out.data() + int64_t{first} * b.dim;
   for (int r = 0; r < count; ++r) {
     const auto* scores = reinterpret_cast<const Vector*>(rows.scores + r * kSpan);
-    const float sum = share_out(scores, pages, factor, top[r], rows.shares + r * kBlock);
+    const float sum = share_out(span, scores, factor, top[r], rows.shares + r * kBlock);
     rows.sum[first + r] = rows.sum[first + r] * keep[r] + sum;
     for (int e = 0; e < b.dim; e += kLanes) reinterpret_cast<Vector&>(out[r * b.dim + e]) *= keep[r];
   }
@@ -191,14 +215,15 @@ inline void span_tile(const Batch& b, const Span<Half>& span, int first, TileRow
   mix_tile(rows.shares, halves(rows.values), (pages + 1) / 2, b.dim, out);
 }
 
-inline void finish(const Batch& b, const Task& task, const TileRows& rows) {
+template <typename C>
+void finish(const Batch& b, const Task& task, const TileRows& rows) {
   for (int r = 0; r < rows.count; ++r) {
     Half* out = static_cast<Half*>(b.out) + ((task.row + r / rows.group) * int64_t{b.heads} + task.head * rows.group +
                                             r % rows.group) * b.dim;
     const float* sums = rows.out.data() + int64_t{r} * b.dim;
     for (int e = 0; e < b.dim; e += kBlock) {
-      __m512 two[2];
-      in_order(_mm512_loadu_ps(sums + e), _mm512_loadu_ps(sums + e + kRows), two);
+      __m512 two[2] = {_mm512_loadu_ps(sums + e), _mm512_loadu_ps(sums + e + kRows)};
+      if constexpr (!kCoded<C>) in_order(two[0], two[1], two);
       for (int i = 0; i < 2; ++i) narrow16(reinterpret_cast<Vector>(two[i]) / rows.sum[r], out + e + i * kLanes);
     }
   }
@@ -209,7 +234,8 @@ bool by_tiles(const Batch& b) {
   return std::is_same_v<T, Half> && b.dim % kBlock == 0 && may_use_tiles();
 }
 
-inline void look_by_tiles(const Batch& b, const Task& task) {
+template <typename C>
+void look_by_tiles(const Batch& b, const Task& task) {
   thread_local TileRows rows;
   rows.group = b.heads / b.kv_heads;
   rows.count = task.tokens * rows.group;
@@ -224,14 +250,14 @@ inline void look_by_tiles(const Batch& b, const Task& task) {
   const Reach reach = reach_of(b, task, rows.sights);
   const Tiles configured(true, rows.count);
   for (int start = reach.oldest / kSpan * kSpan; start < reach.stop; start += kSpan) {
-    const Span<Half> span(b, task.sequence, task.head, start, reach.stop);
+    const Span<C> span(b, task.sequence, task.head, start, reach.stop);
     for (int p = 0; p < span.pages(); ++p)
-      pair_keys(reinterpret_cast<const uint16_t*>(span.keys[p]), b.dim, halves(rows.keys) + int64_t{p} * rows.blocks * kTile);
+      pair_keys(span.keys[p], b.dim, halves(rows.keys) + int64_t{p} * rows.blocks * kTile);
     pair_values(span, b.dim, halves(rows.values));
     written();
     for (int first = 0; first < rows.count; first += kRows) span_tile(b, span, first, rows);
   }
-  finish(b, task, rows);
+  finish<C>(b, task, rows);
 }
 
 #else
@@ -241,7 +267,8 @@ template <typename T>
 bool by_tiles(const Batch&) {
   return false;
 }
-inline void look_by_tiles(const Batch&, const Task&) {}
+template <typename C>
+void look_by_tiles(const Batch&, const Task&) {}
 
 #endif
 

@@ -20,7 +20,7 @@ class Batch(ctypes.Structure):
         *((name, c_void_p) for name in ("q", "k", "v", "keys", "values", "out", "pages", "table", "first", "past")),
         *((name, c_void_p) for name in SIGHT),
         *((name, c_int64) for name in ("page_stride", "q_row", "k_row")),
-        *((name, c_int32) for name in ("sequences", "heads", "kv_heads", "dim", "window")),
+        *((name, c_int32) for name in ("sequences", "heads", "kv_heads", "dim", "window", "coded")),
         ("scale", c_float),
         ("cap", c_float),
     ]

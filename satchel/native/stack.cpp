@@ -29,13 +29,14 @@ struct Call {
   const void* x;        // [rows, width]
   void* y;              // [rows, width]
   const float* tables;  // [T, 2, rows, half]: cosines and sines
-  void* pool;           // of keys and values; layer l, page p begins at p * page_stride + 2 l * half_stride
+  void* pool;           // of keys and values; layer l, page p begins at byte p * page_stride + 2 l * half_stride
   uint8_t* room;
   const int32_t *pages, *table, *first, *past;  // as in attention.h,
   const int64_t *limit, *seen, *position;       // these too
   int64_t page_stride, half_stride;
   int32_t count, rows, width, hidden, heads, kv_heads, dim, half, sequences, threads;
-  int32_t bf16;  // whether the matrices are in bfloat16, all of them
+  int32_t bf16;   // whether the matrices are in bfloat16, all of them
+  int32_t coded;  // as in pages.h
 };
 
 constexpr int kAlone = 4;  // rows up to which every thread prepares all inputs for itself
@@ -252,7 +253,7 @@ class Worker {
   }
 
   Batch batch(const Layer& l, int index) const {
-    T* keys = static_cast<T*>(c.pool) + 2 * index * c.half_stride;
+    uint8_t* keys = static_cast<uint8_t*>(c.pool) + 2 * index * c.half_stride;
     Batch b = {};
     b.q = w.heads, b.k = w.heads + w.mixed, b.v = w.heads + w.mixed + c.kv_heads * c.dim;
     b.keys = keys, b.values = keys + c.half_stride, b.out = w.seen;
@@ -260,7 +261,7 @@ class Worker {
     b.limit = c.limit, b.seen = c.seen, b.position = c.position;
     b.page_stride = c.page_stride, b.q_row = b.k_row = w.qkv;
     b.sequences = c.sequences, b.heads = c.heads, b.kv_heads = c.kv_heads, b.dim = c.dim;
-    b.window = l.window, b.scale = l.scale, b.cap = l.cap;
+    b.coded = c.coded, b.window = l.window, b.scale = l.scale, b.cap = l.cap;
     return b;
   }
 

@@ -33,7 +33,7 @@ class Call(ctypes.Structure):
         *((name, c_void_p) for name in ("pages", "table", "first", "past", *SIGHT)),
         *((name, c_int64) for name in ("page_stride", "half_stride")),
         *((name, c_int32) for name in ("count", "rows", "width", "hidden", "heads", "kv_heads", "dim", "half")),
-        *((name, c_int32) for name in ("sequences", "threads", "bf16")),
+        *((name, c_int32) for name in ("sequences", "threads", "bf16", "coded")),
     ]
 
 

@@ -67,7 +67,10 @@ def capacity(
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
     seconds = second_models(job)
     models = [config, *(second.source.config for second in seconds)]
-    context, each = job.context or config.context, sum(block_bytes(model, DTYPES[job.dtype]) for model in models)
+    context, each = (
+        job.context or config.context,
+        sum(block_bytes(model, DTYPES[job.dtype], job.kv) for model in models),
+    )
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
     tensors = rehearse_all(job, config, seconds, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"], GROWTH)}
@@ -129,7 +132,7 @@ def rehearse_engine(
     format = None if job.format == "auto" else make("format", job.format)
     with FakeTensorMode(), Tracker("load", "model") as tracker:
         model = staged(config, layers, DTYPES[job.dtype], device, format, tracker, source, frozen=True)
-        pool = Pool(model.config, 1, DTYPES[job.dtype], device)
+        pool = Pool(model.config, 1, DTYPES[job.dtype], device, kv=job.kv)
         tracker.label([pool.data], "kv")
         tracker.mark("step", "blocks")
         x_ND = hidden(model, pool.pages, parts or [_largest(job, pool.pages)])

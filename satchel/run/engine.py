@@ -59,6 +59,7 @@ class Engine:
         preemption: str = "recompute",
         decoding: str = "plain",
         skip: str = "none",
+        kv: str = "none",
         seed: int = 0,
         runner: Callable[[Decoder, Pages], Eager] = Eager,
         clock: Callable[[], float] = time.monotonic,
@@ -67,7 +68,7 @@ class Engine:
         self.model, self.limits, self.tokenizer, self.seed, self.clock = model.eval(), limits, tokenizer, seed, clock
         how = make("decoding", decoding)
         beside = second.source.config if (second := how.beside()) else None
-        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context, beside)
+        self.pool = Pool(model.config, limits.blocks, model.dtype, model.device, limits.context, beside, kv)
         self.shelf = make("preemption", preemption).start(self.pool.data)
         blocks = Blocks(limits.blocks, PAGE, self.shelf)
         self.adapters = Adapters(model, self.pool)

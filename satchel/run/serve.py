@@ -77,6 +77,7 @@ def open_service(
         preemption=job.preemption,
         decoding=job.decoding,
         skip=job.skip,
+        kv=job.kv,
         seed=job.seed,
         runner=runner(device, room.accounts.get(GRAPHS, 0)),
         clock=clock,
@@ -100,7 +101,7 @@ def _warm_up(job: ServeJob, config: ModelConfig, device: str) -> None:
     model = Decoder(miniature(config, DTYPES[job.dtype]), DTYPES[job.dtype], device)
     model.init_weights(torch.Generator(device).manual_seed(0))
     context = min(job.step_tokens + 8, model.config.context)
-    engine = Engine(model, Limits(2 * context // PAGE + 4, 4, job.step_tokens, context))
+    engine = Engine(model, Limits(2 * context // PAGE + 4, 4, job.step_tokens, context), kv=job.kv)
     for temperature in (0.0, 1.0):
         how = Sampling(temperature=temperature, top_p=0.9 if temperature else 1.0)
         engine.submit(Request(prompt=(1,) * (context - 3), max_tokens=3, sampling=how))

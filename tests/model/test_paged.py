@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from satchel.core.book import entries
 from satchel.model import spans
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.kv import kv_of, parts_of, token_bytes
 from satchel.model.paged import PAGE, Pages, Pool, Row, Stretch, ancestry, sights
 from satchel.native import levels
 from satchel.native import paged as native
@@ -24,25 +26,40 @@ PASTS, NEW = (0, 37, 200, 5, 15), (19, 1, 3, 1, 1)  # of five sequences
 TREES = (19, 6, 30, 7, 2)  # guesses after them; those of the first are one chain
 PARENTS = [[int(torch.randint(-1, i, (), generator=RNG)) for i in range(count)] for count in TREES]
 PARENTS[0] = list(range(-1, 18))
-paths = pytest.mark.parametrize("path", ["native", "torch"])
+KVS = ["none", *(entry.name for entry in entries() if entry.slot == "kv")]
+kvs = pytest.mark.parametrize("kv", KVS)
 
 
-def problem(dtype, heads=6, kv_heads=2, dim=24, new_tokens=NEW):
+def kept(kv, x):
+    """What is left of numbers that were stored."""
+    return kv_of(kv).decode(kv_of(kv).encode(x), torch.float64)
+
+
+def empty(blocks, kv_heads, dim, dtype, kv="none"):
+    """Keys and values of one layer, [blocks, 2, K, X]: nobody knows what is in them."""
+    numbers = PAGE * token_bytes(kv_of(kv), dim, dtype) // dtype.itemsize
+    return torch.full((blocks, 2, kv_heads, numbers), torch.nan, dtype=dtype)
+
+
+def problem(dtype, heads=6, kv_heads=2, dim=24, new_tokens=NEW, kv="none"):
     """New queries, keys and values in fused layout, and a pool that holds the pasts."""
     count = sum(new_tokens)
     q, k, v = (torch.randn(count, h * dim, generator=RNG).to(dtype) for h in (heads, kv_heads, kv_heads))
     sizes = [-(-(past + new) // PAGE) for past, new in zip(PASTS, new_tokens, strict=True)]
     order = torch.randperm(sum(sizes) + 2, generator=RNG)
-    pages_M, data = order[: sum(sizes)].to(torch.int32), torch.full((len(order), 2, kv_heads, PAGE * dim), torch.nan)
+    pages_M, data = order[: sum(sizes)].to(torch.int32), empty(len(order), kv_heads, dim, dtype, kv)
     pasts = [torch.randn(2, past, kv_heads, dim, generator=RNG).to(dtype) for past in PASTS]
-    data = data.to(dtype)
+    keys = [part.unflatten(-1, (-1, PAGE)) for part in parts_of(kv_of(kv), data[:, 0], dim)]
+    values = [part.unflatten(-1, (PAGE, -1)) for part in parts_of(kv_of(kv), data[:, 1], dim)]
     starts, firsts, first, start = [], [], 0, 0
     for past, new, size, (pk, pv) in zip(PASTS, new_tokens, sizes, pasts, strict=True):
         starts.append(start), firsts.append(first)
         for t in range(past):
             block = pages_M[start + t // PAGE]
-            data[block, 0].view(kv_heads, dim, PAGE)[..., t % PAGE] = pk[t]
-            data[block, 1].view(kv_heads, PAGE, dim)[:, t % PAGE] = pv[t]
+            for part, stored in zip(keys, kv_of(kv).encode(pk[t]), strict=True):
+                part[block, ..., t % PAGE] = stored
+            for part, stored in zip(values, kv_of(kv).encode(pv[t]), strict=True):
+                part[block, :, t % PAGE] = stored
         start, first = start + size, first + new
     stops = [f + n for f, n in zip(firsts, new_tokens, strict=True)]
     bounds = torch.tensor([starts, firsts, PASTS, stops], dtype=torch.int32)
@@ -50,9 +67,9 @@ def problem(dtype, heads=6, kv_heads=2, dim=24, new_tokens=NEW):
     return shaped, data, pages_M, bounds, pasts
 
 
-def plainly(q, k, v, pasts, window, cap, scale=0.3):
+def plainly(q, k, v, pasts, window, cap, scale=0.3, kv="none"):
     """One query at a time, in float64."""
-    out, row = [], 0
+    out, row, (k, v), pasts = [], 0, (kept(kv, k), kept(kv, v)), [kept(kv, past) for past in pasts]
     for past, new, (pk, pv) in zip(PASTS, NEW, pasts, strict=True):
         keys, values = torch.cat([pk, k[row : row + new]]).double(), torch.cat([pv, v[row : row + new]]).double()
         for t in range(new):
@@ -71,16 +88,18 @@ def seen_by(parents=((),) * 5, new_tokens=NEW):
     return torch.tensor(sights(stretches))
 
 
-def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0, sight=None):
+def attended(path, shaped, data, pages_M, bounds, window=0, cap=0.0, sight=None, kv="none"):
     sight = seen_by() if sight is None else sight
     if path == "native":
         keys, values = data[:, 0], data[:, 1]
-        return torch.ops.satchel.paged_attention(*shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap)
-    row = in_torch(shaped, data, pages_M, bounds, sight)
+        return torch.ops.satchel.paged_attention(
+            *shaped, keys, values, pages_M, bounds, sight, 0.3, window, cap, kv_of(kv).kernel
+        )
+    row = in_torch(shaped, data, pages_M, bounds, sight, kv)
     return row.layers[0].attend(*(t[None] for t in shaped), scale=0.3, window=window, cap=cap)[0]
 
 
-def in_torch(shaped, data, pages_M, bounds, sight):
+def in_torch(shaped, data, pages_M, bounds, sight, kv="none"):
     """The row as torch attends, over pages of one layer."""
     (count, *_, dim), kv_heads = shaped[0].shape, shaped[1].shape[1]
     config = ModelConfig.from_hf(
@@ -90,7 +109,7 @@ def in_torch(shaped, data, pages_M, bounds, sight):
     tiles = spans.cut(stretches)
     shape = spans.fitting(tiles, count)
     numbers = torch.tensor(spans.laid(shape, tiles, stretches, sight.tolist()))
-    return spans.Spans(Pages(data.flatten(1), config, 0), shape, numbers)
+    return spans.Spans(Pages(data.flatten(1), config, 0, kv), shape, numbers)
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -102,15 +121,16 @@ def path(request):
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (0, 2.0), (7, 2.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_query_sees_its_own_past(path, dtype, window, cap):
-    shaped, data, pages_M, bounds, pasts = problem(dtype)
-    out = attended(path, shaped, data, pages_M, bounds, window, cap)
-    assert same(out, plainly(*shaped, pasts, window, cap).to(dtype))
+@kvs
+def test_every_query_sees_its_own_past(path, dtype, window, cap, kv):
+    shaped, data, pages_M, bounds, pasts = problem(dtype, kv=kv)
+    out = attended(path, shaped, data, pages_M, bounds, window, cap, kv=kv)
+    assert same(out, plainly(*shaped, pasts, window, cap, kv=kv).to(dtype))
 
 
-def by_branch(q, k, v, pasts, window, cap, scale=0.3):
+def by_branch(q, k, v, pasts, window, cap, scale=0.3, kv="none"):
     """One query at a time, in float64: a guess sees what came before the tree, and its own branch."""
-    out, row = [], 0
+    out, row, (k, v), pasts = [], 0, (kept(kv, k), kept(kv, v)), [kept(kv, past) for past in pasts]
     for certain, tree, (pk, pv) in zip(NEW, PARENTS, pasts, strict=True):
         stop = row + certain
         for t in range(certain + len(tree)):
@@ -131,12 +151,13 @@ def by_branch(q, k, v, pasts, window, cap, scale=0.3):
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 0.0), (0, 2.0), (2, 2.0), (1, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 24), (9, 3, 64)])
-def test_a_guess_sees_its_own_branch(path, dtype, window, cap, heads, kv_heads, dim):
+@kvs
+def test_a_guess_sees_its_own_branch(path, dtype, window, cap, heads, kv_heads, dim, kv):
     """Trees that begin within a page and end beyond it, as deep as a window and deeper."""
     new = tuple(certain + guesses for certain, guesses in zip(NEW, TREES, strict=True))
-    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim, new)
-    out = attended(path, shaped, data, pages_M, bounds, window, cap, seen_by(PARENTS, new))
-    assert same(out, by_branch(*shaped, pasts, window, cap).to(dtype))
+    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim, new, kv)
+    out = attended(path, shaped, data, pages_M, bounds, window, cap, seen_by(PARENTS, new), kv)
+    assert same(out, by_branch(*shaped, pasts, window, cap, kv=kv).to(dtype))
 
 
 def test_a_chain_is_seen_as_tokens_that_are_certain(path):
@@ -156,18 +177,34 @@ def test_a_tree_of_which_a_part_is_cached_goes_on_where_it_stood():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16), (4, 1, 40), (5, 1, 128), (40, 1, 96)])
-def test_heads_of_any_shape(path, heads, kv_heads, dim, dtype):
-    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim)
-    out = attended(path, shaped, data, pages_M, bounds)
-    assert same(out, plainly(*shaped, pasts, 0, 0.0).to(dtype))
+@kvs
+def test_heads_of_any_shape(path, heads, kv_heads, dim, dtype, kv):
+    shaped, data, pages_M, bounds, pasts = problem(dtype, heads, kv_heads, dim, kv=kv)
+    out = attended(path, shaped, data, pages_M, bounds, kv=kv)
+    assert same(out, plainly(*shaped, pasts, 0, 0.0, kv=kv).to(dtype))
 
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 2.0)])
-def test_in_bfloat16_only_shares_and_results_are_rounded(window, cap):
-    shaped, data, pages_M, bounds, pasts = problem(torch.bfloat16, 9, 3, 64)
-    exact = plainly(*shaped, pasts, window, cap)
-    found = attended("native", shaped, data, pages_M, bounds, window, cap).double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 1e-40])
+@kvs
+def test_both_paths_store_the_same(dtype, size, kv):
+    (q, k, v), data, pages_M, bounds, _ = problem(dtype, 9, 3, 64, kv=kv)
+    k[2, 1, 5], k[3, 0, 7], v[4, 2, 1], v[0] = torch.nan, torch.inf, -torch.inf, 0.0
+    stored = [data.clone(), data.clone()]
+    for path, into in zip(("native", "torch"), stored, strict=True):
+        attended(path, (q, k * size, v * size), into, pages_M, bounds, kv=kv)
+    pages = (parts_of(kv_of(kv), data, 64) for data in stored)
+    for ours, theirs in zip(*pages, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("window", "cap", "kv"), [(0, 0.0, "none"), (20, 2.0, "none"), (0, 0.0, "int8")])
+def test_in_bfloat16_only_shares_and_results_are_rounded(window, cap, kv):
+    shaped, data, pages_M, bounds, pasts = problem(torch.bfloat16, 9, 3, 64, kv=kv)
+    exact = plainly(*shaped, pasts, window, cap, kv=kv)
+    found = attended("native", shaped, data, pages_M, bounds, window, cap, kv=kv).double()
     assert (found - exact).norm() <= TWICE_ROUNDED * exact.norm()
 
 
@@ -175,25 +212,27 @@ def test_in_bfloat16_only_shares_and_results_are_rounded(window, cap):
 @pytest.mark.parametrize("level", levels.supported())
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 2.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap):
+@kvs
+def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap, kv):
     kernel = native.library(level)
     assert kernel is not None
     monkeypatch.setattr(native, "library", lambda: kernel)
-    shaped, data, pages_M, bounds, pasts = problem(dtype, 9, 3, 64)
-    out = attended("native", shaped, data, pages_M, bounds, window, cap)
-    assert same(out, plainly(*shaped, pasts, window, cap).to(dtype))
+    shaped, data, pages_M, bounds, pasts = problem(dtype, 9, 3, 64, kv=kv)
+    out = attended("native", shaped, data, pages_M, bounds, window, cap, kv=kv)
+    assert same(out, plainly(*shaped, pasts, window, cap, kv=kv).to(dtype))
 
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 150])
-def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window):
+@kvs
+def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window, kv):
     rng = torch.Generator().manual_seed(1)
     count, dim = 300, 32
     q, k, v = (torch.randn(count, h, dim, generator=rng).to(dtype) for h in (6, 2, 2))
 
     def run(cuts, company, threads):
-        data, outs, at = torch.full((60, 2, 2, PAGE * dim), torch.nan, dtype=dtype), [], 0
+        data, outs, at = empty(60, 2, dim, dtype, kv), [], 0
         table = torch.randperm(30, generator=rng).to(torch.int32)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -207,7 +246,7 @@ def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window
             bounds = bounds if company else bounds[:, :1].contiguous()
             stretches = [Stretch((), at, cut), Stretch((), 0, 3)][: bounds.shape[1]]
             sight = torch.tensor(sights(stretches))
-            outs.append(attended("native", shaped, data, pages, bounds, window, sight=sight)[:cut])
+            outs.append(attended("native", shaped, data, pages, bounds, window, sight=sight, kv=kv)[:cut])
             at += cut
         torch.set_num_threads(before)
         return torch.cat(outs)
@@ -268,33 +307,35 @@ def test_a_tree_gives_the_logits_of_each_branch_and_goes_on_from_the_kept_one(fa
     assert (out - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
 
 
-def test_gathered_tokens_take_both_models_keys_along_and_leave_the_others_alone():
+@kvs
+def test_gathered_tokens_take_both_models_keys_along_and_leave_the_others_alone(kv):
     config = ModelConfig.from_hf(SHAPE | {"model_type": "llama"})
-    pool = Pool(config, 6, torch.float32, beside=config)
-    pool.data.copy_(torch.randn(pool.data.shape, generator=RNG))
-    before, table, kept = pool.data.clone(), [4, 0, 2], [0, 3, 4, 9, 20]
+    pool = Pool(config, 6, torch.float32, beside=config, kv=kv)
+    pool.data.view(torch.uint8).random_(generator=RNG)
+    before, table, right = pool.data.clone(), [4, 0, 2], [0, 3, 4, 9, 20]
     old, first = {}, 13
     for pages in (pool.pages, pool.beside):
-        old[pages] = [slot_of(pages.data, table, first + slot).clone() for slot in kept]
-    pool.gather(table, first, kept)
+        old[pages] = [slot_of(pages, table, first + slot).clone() for slot in right]
+    pool.gather(table, first, right)
     for pages in (pool.pages, pool.beside):
         for number, tensor in enumerate(old[pages]):
-            assert torch.equal(slot_of(pages.data, table, first + number), tensor)
+            assert torch.equal(slot_of(pages, table, first + number), tensor)
     fixed = [slot for slot in range(3 * PAGE) if not first + 1 <= slot < first + 5]
-    untouched = Pool(config, 6, torch.float32, beside=config)
+    untouched = Pool(config, 6, torch.float32, beside=config, kv=kv)
     untouched.data.copy_(before)
     for ours, theirs in zip((pool.pages, pool.beside), (untouched.pages, untouched.beside), strict=True):
         for slot in fixed:
-            assert torch.equal(slot_of(ours.data, table, slot), slot_of(theirs.data, table, slot))
-    assert torch.equal(pool.data[[1, 3, 5]], before[[1, 3, 5]])
+            assert torch.equal(slot_of(ours, table, slot), slot_of(theirs, table, slot))
+    assert torch.equal(pool.data[[1, 3, 5]].view(torch.uint8), before[[1, 3, 5]].view(torch.uint8))
 
 
-def slot_of(data, table, slot):
-    """The keys and values of one slot in all layers, flat."""
-    block = data[table[slot // PAGE]]
-    keys = block[:, 0].unflatten(-1, (-1, PAGE))[..., slot % PAGE]
-    values = block[:, 1].unflatten(-1, (PAGE, -1))[..., slot % PAGE, :]
-    return torch.stack([keys, values])
+def slot_of(pages, table, slot):
+    """The keys and values of one slot in all layers, as bytes."""
+    block = pages.data[table[slot // PAGE]]
+    keys, values = (parts_of(pages.kv, block[:, half], pages.dim) for half in (0, 1))
+    found = [part.unflatten(-1, (-1, PAGE))[..., slot % PAGE] for part in keys]
+    found += [part.unflatten(-1, (PAGE, -1))[..., slot % PAGE, :] for part in values]
+    return torch.cat([part.contiguous().view(torch.uint8) for part in found], dim=-1)
 
 
 def test_copied_blocks_are_equal_and_others_untouched():

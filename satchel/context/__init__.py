@@ -1,0 +1,1 @@
+"""How the past is kept: a method is a file."""
