@@ -22,7 +22,9 @@ from satchel.model.adapters import adapted, attach, detach
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.kv import token_bytes
 from satchel.model.linear import linears, swap
+from satchel.model.paged import PAGE, Pool
 from satchel.run.assemble import assemble
 from satchel.run.rehearse import rehearse
 from satchel.run.step import mean_loss, train_step
@@ -138,6 +140,25 @@ def test_a_method_prints_what_makes_it(entry):
     assert method.name == entry.name and str(method).startswith(entry.name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.name = "another"
+
+
+@entries("kv")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_of_a_token_follows_from_it_alone_and_takes_what_it_says(entry, dtype):
+    method = entry.load()(**entry.card.demo)
+    x_NKE = torch.randn(9, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored = method.encode(x_NKE)
+    assert tuple((part.dtype, part.shape[-1]) for part in stored) == method.parts(16, dtype)
+    assert all(part.shape[:-1] == x_NKE.shape[:-1] for part in stored)
+    for token, head in ((0, 0), (4, 1), (8, 0)):
+        alone = method.encode(x_NKE[token : token + 1, head : head + 1])
+        both = zip(alone, stored, strict=True)
+        assert all(torch.equal(mine[0, 0], theirs[token, head]) for mine, theirs in both)
+    again = method.decode(stored, dtype)
+    assert again.dtype == dtype and again.shape == x_NKE.shape
+    pool = Pool(CONFIG, 5, dtype, kv=str(method))
+    halves = 2 * CONFIG.layers * CONFIG.kv_heads * PAGE
+    assert pool.block_bytes == halves * token_bytes(method, CONFIG.head_dim, dtype) < Pool(CONFIG, 5, dtype).block_bytes
 
 
 @entries()

@@ -31,7 +31,7 @@ TUNE_FLAGS = JOB_FLAGS + "--packing --no-packing "
 PRETRAIN_FLAGS = JOB_FLAGS + "--scratch --no-scratch --tokenizer --mixture --selector "
 ENGINE_FLAGS = """
     --config --model --device --memory --dtype --format --context --batch --step-tokens --admission --preemption
-    --decoding --skip --seed --adapters
+    --decoding --skip --kv --seed --adapters
 """
 SERVE_FLAGS = ENGINE_FLAGS + "--host --port --api-keys --queue --timeout --drain --max-body --replicas"
 FLAGS = {  # frozen: a new knob of a method needs none; a change here breaks somebody's script

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from satchel.model.bank import add_low_rank
+from satchel.model.kv import kv_of, token_bytes
 from satchel.model.paged import PAGE, Stretch, sights
 from satchel.native import gated, levels, linear, rms_norm, rotate, sample
 from satchel.native.pointwise import ACTS
@@ -66,13 +67,15 @@ def attention(rng):
     new = [rng.choice((1, 1, 2, 17, 40)) for _ in past]
     sizes = [-(-(p + n) // PAGE) for p, n in zip(past, new, strict=True)]
     first, table = ([0, *accumulate(counts)] for counts in (new, sizes))
-    data = numbers(rng, sum(sizes), 2, kv_heads, PAGE * dim, dtype=dtype)
+    kv = rng.choice(("none", "int8"))
+    each = PAGE * token_bytes(kv_of(kv), dim, dtype) // dtype.itemsize
+    data = numbers(rng, sum(sizes), 2, kv_heads, each, dtype=dtype)
     q, k, v = (numbers(rng, sum(new), h, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     bounds = torch.tensor([table[:-1], first[:-1], past, first[1:]], dtype=torch.int32)
     pages, how = torch.randperm(sum(sizes)).int(), (0.1, rng.choice((0, 1, 20)), rng.choice((0.0, 5.0)))
     parents = [[rng.randrange(-1, i) for i in range(rng.choice((0, n)))] for n in new]
     sight = torch.tensor(sights([Stretch((), p, n, tree) for p, n, tree in zip(past, new, parents, strict=True)]))
-    torch.ops.satchel.paged_attention(q, k, v, data[:, 0], data[:, 1], pages, bounds, sight, *how)
+    torch.ops.satchel.paged_attention(q, k, v, data[:, 0], data[:, 1], pages, bounds, sight, *how, kv_of(kv).kernel)
 
 
 def updates(rng):

@@ -1,6 +1,7 @@
 """A real engine in a process of its own, whose torch allocates from the page pool; prints what it held.
 
-python -m tests.run.served FORMAT ...      `draft` and `rsd` are no formats but a second model that guesses ahead
+python -m tests.run.served FORMAT ...      `draft` and `rsd` are no formats but a second model that guesses ahead,
+                                           `kv` is keys and values in 8 bits
 """
 
 import gc
@@ -35,16 +36,16 @@ def saved(folder: str, **changes: int) -> str:
     return str(save(model, folder))
 
 
-def peaks(model: str, storage: str, decoding: str = "plain") -> tuple[int, int]:
+def peaks(model: str, format: str = "none", **how: str) -> tuple[int, int]:
     """Predicted bytes of weights and workspace, then measured ones, the pool left out."""
     gc.collect()
     pages, config = install_pool(), ModelConfig.from_hf(LLAMA)
     idle = pages.live_bytes  # of the runs before: nothing but what is kept for good
-    job = ServeJob(model="toy", format=storage, step_tokens=256, decoding=decoding)
+    job = ServeJob(model="toy", format=format, step_tokens=256, **how)
     predicted = sum(rehearse_all(job, config, second_models(job), "cpu").values())
     limits = Limits(blocks=100, batch=32, step_tokens=256, context=1024)
-    served = load(find_source(model), torch.bfloat16, format=make("format", storage), frozen=True)
-    engine = Engine(served, limits, decoding=decoding)
+    served = load(find_source(model), torch.bfloat16, format=make("format", format), frozen=True)
+    engine = Engine(served, limits, **how)
     pages.reset_peak()
     for length, temperature in ((700, 0.0), (256, 1.0), *((9, 0.7),) * 20):
         engine.submit(Request(prompt=(5,) * length, max_tokens=4, sampling=Sampling(temperature=temperature)))
@@ -57,5 +58,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         whole, small = saved(f"{home}/whole"), saved(f"{home}/small", num_hidden_layers=2)
-        ahead = {name: ("none", f"{name}:model={small}") for name in ("draft", "rsd")}
-        print(json.dumps({name: peaks(whole, *ahead.get(name, (name,))) for name in sys.argv[1:]}))
+        ways = {name: {"decoding": f"{name}:model={small}"} for name in ("draft", "rsd")} | {"kv": {"kv": "int8"}}
+        print(json.dumps({name: peaks(whole, **ways.get(name, {"format": name})) for name in sys.argv[1:]}))

@@ -23,7 +23,7 @@ CONFIG = ModelConfig.from_hf(LLAMA)
 
 @needs_pool
 def test_rehearsed_bytes_are_the_measured_ones():
-    command = [sys.executable, "-m", "tests.run.served", "none", "int8", "draft", "rsd"]
+    command = [sys.executable, "-m", "tests.run.served", "none", "int8", "draft", "rsd", "kv"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for storage, (predicted, measured) in json.loads(done.stdout).items():
