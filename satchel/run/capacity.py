@@ -85,7 +85,7 @@ def capacity(
         needs = format_bytes((fixed + least * each) * 1.005)
         raise DoesNotFit(
             f"the engine needs {needs} and the budget is {format_bytes(budget)}; raise memory, pack the weights with "
-            f"format=int8, or lower step_tokens={job.step_tokens}"
+            f"format=int8 or keys and values with kv=int8, or lower step_tokens={job.step_tokens}"
         )
     limits = Limits(blocks, job.batch, job.step_tokens, context)
     return Capacity(limits, budget, accounts | {"kv": blocks * each})
