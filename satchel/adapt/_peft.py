@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,35 +72,43 @@ def read_peft(model: nn.Module, folder: str | Path) -> dict[str, Low]:
     return dict(each_peft(model, folder))
 
 
+class _Outline(NamedTuple):
+    """An adapter by the headers of its files: tensors on `meta`."""
+
+    file: Path
+    theirs: dict[str, tuple[tuple[str, ...], Low]]  # by the checkpoint's paths, with ours that each holds
+    ours: dict[str, Low]
+
+
 def each_peft(model: nn.Module, folder: str | Path) -> Iterator[tuple[str, Low]]:
     """`read_peft` map by map: no more than one is in memory. All that can be wrong is told before the first."""
-    paths, theirs, file = _outline(model, Path(folder))
+    outline = _outline(model, Path(folder))
 
     def each() -> Iterator[tuple[str, Low]]:
-        with Reader(read_safetensors(file)) as reader:
+        with Reader(read_safetensors(outline.file)) as reader:
             keys = {(m["path"], m["part"]): key for key in reader.tensors if (m := KEY.fullmatch(key))}
-            for path, low in theirs.items():
-                yield from split(model, path, paths[path], _filled(reader, keys, path, low)).items()
+            for path, (parts, low) in outline.theirs.items():
+                yield from split(model, path, parts, _filled(reader, keys, path, low)).items()
 
     return each()
 
 
 def outline_peft(model: nn.Module, folder: str | Path) -> dict[str, Low]:
     """`read_peft` without the numbers: tensors on `meta`, from the files' headers alone. Raises as it does."""
-    paths, theirs, _ = _outline(model, Path(folder))
-    return {ours: low for path, low in theirs.items() for ours, low in split(model, path, paths[path], low).items()}
+    return _outline(model, Path(folder)).ours
 
 
-def _outline(model: nn.Module, folder: Path) -> tuple[dict[str, tuple[str, ...]], dict[str, Low], Path]:
-    """The checkpoint's paths with ours, the adapter by the checkpoint's paths with tensors on `meta`, and its file."""
-    config, file, paths = read_config(folder), folder / WEIGHTS, their_paths(model)
-    theirs = _headers(config, file)
-    _require_complete(config, theirs, [path for path in paths if config.targets(path)])
-    for path, low in theirs.items():
+def _outline(model: nn.Module, folder: Path) -> _Outline:
+    config, paths = read_config(folder), their_paths(model)
+    found = _Outline(folder / WEIGHTS, {}, {})
+    lows = _headers(config, found.file)
+    _require_complete(config, lows, [path for path in paths if config.targets(path)])
+    for path, low in lows.items():
         if path not in paths:
             raise ModelError(f"the adapter is for another model: this one has no linear map '{path}'")
-        split(model, path, paths[path], low)
-    return paths, theirs, file
+        found.theirs[path] = paths[path], low
+        found.ours.update(split(model, path, paths[path], low))
+    return found
 
 
 def _low(path: str, method: Adapter, module: nn.Module) -> Low:

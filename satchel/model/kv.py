@@ -20,7 +20,6 @@ from satchel.core.serve_seams import KV
 class AsTheyAre(KV):
     """What stands where the slot is empty."""
 
-    name = "none"
     kernel = 0
 
     def parts(self, dim: int, dtype: torch.dtype) -> tuple[tuple[torch.dtype, int], ...]:

@@ -67,10 +67,8 @@ def capacity(
         raise UserError(f"context={job.context} is longer than the model was made for; set context={config.context}")
     seconds = second_models(job)
     models = [config, *(second.source.config for second in seconds)]
-    context, each = (
-        job.context or config.context,
-        sum(block_bytes(model, DTYPES[job.dtype], job.kv) for model in models),
-    )
+    context = job.context or config.context
+    each = sum(block_bytes(model, DTYPES[job.dtype], job.kv) for model in models)
     budget = _free(device) if job.memory == "auto" else parse_bytes(job.memory)
     tensors = rehearse_all(job, config, seconds, device, source)
     accounts = tensors | {PROCESS: process_bytes(device, sum(tensors.values()), tensors["weights"], GROWTH)}
