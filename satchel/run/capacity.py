@@ -81,12 +81,16 @@ def capacity(
     blocks = min((budget - fixed) // each, most)
     if blocks < least:
         needs = format_bytes((fixed + least * each) * 1.005)
-        raise DoesNotFit(
-            f"the engine needs {needs} and the budget is {format_bytes(budget)}; raise memory, pack the weights with "
-            f"format=int8 or keys and values with kv=int8, or lower step_tokens={job.step_tokens}"
-        )
+        raise DoesNotFit(f"the engine needs {needs} and the budget is {format_bytes(budget)}; {_cures(job)}")
     limits = Limits(blocks, job.batch, job.step_tokens, context)
     return Capacity(limits, budget, accounts | {"kv": blocks * each})
+
+
+def _cures(job: ServeJob) -> str:
+    """What would make room, of what the job does not do yet."""
+    weights = ["pack the weights with format=int8"] if job.format == "none" else []
+    kv = ["pack keys and values with kv=int8"] if job.kv == "none" else []
+    return ", ".join(["raise memory", *weights, *kv, f"or lower step_tokens={job.step_tokens}"])
 
 
 def second_models(job: ServeJob) -> list[Second]:

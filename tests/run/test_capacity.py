@@ -50,6 +50,17 @@ def test_a_memory_that_is_too_small_is_refused_with_one_that_would_do():
     assert capacity(ServeJob(model="x", memory=enough), CONFIG, "cpu").tokens >= 512
 
 
+@pytest.mark.parametrize(
+    ("has", "told"),
+    [({"format": "none"}, ["format=int8", "kv=int8"]), ({"format": "int4"}, ["kv=int8"]), ({"kv": "int8"}, [])],
+)
+def test_what_would_make_room_is_told_but_for_what_is_done_already(has, told):
+    with pytest.raises(DoesNotFit) as refusal:
+        capacity(ServeJob(model="x", memory="50MiB", **has), CONFIG, "cpu")
+    cures = ("format=int8", "kv=int8", "step_tokens=512", "raise memory")
+    assert [cure for cure in cures if cure in str(refusal.value)] == [*told, *cures[2:]]
+
+
 def test_a_context_beyond_the_models_is_refused():
     with pytest.raises(UserError, match="set context=1024"):
         capacity(ServeJob(model="x", context=2000), CONFIG, "cpu")
