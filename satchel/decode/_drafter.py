@@ -166,7 +166,7 @@ class Drafter(Proposer, Generic[Some]):
             counts = [len(line.level) for line in some]
             logits_RV = logits(self.model, x_RD[first : first + sum(counts)])[:, : self.vocabulary]
             for line, logits_LV in zip(some, logits_RV.split(counts), strict=True):
-                line.broken = not sound(logits_LV)
+                line.broken = not all(sound(logits_LV))
                 if not line.broken:
                     self.grow(line, logits_LV)
             first += sum(counts)

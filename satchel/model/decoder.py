@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activations: Activations | None = None
         self.runs: list[Run] = []  # the blocks as the policy runs them
-        self._blocks: Stack | Literal[False] | None = None  # the blocks as one operator; None: not tried yet
+        self._blocks: Stack | Literal[False] | None = None  # all below the head as one operator; None: not tried yet
         at: At = {"dtype": dtype, "device": device}
         self.model = Trunk(config, **at)
         self.lm_head = Linear(config.embed_width or config.width, config.vocab, False, **at)
@@ -144,22 +144,25 @@ class Decoder(nn.Module):
     def _run(
         self, tokens_BT: Tensor, lengths: tuple[int, ...] | None, cache: Past | None, feed: "Feed | None" = None
     ) -> Tensor:
+        if feed is None and isinstance(cache, Row) and (stack := self._stack(cache)):
+            return stack(tokens_BT if stack.embeddings else self._embed(tokens_BT, cache.position_N), cache)
         position_T, longest = cache.positions(tokens_BT) if cache else self._positions(tokens_BT, lengths)
         rows = self.config.learned_positions
         if rows and longest + self.config.position_offset > rows:
             raise ModelError(f"{longest} tokens exceed the {self.config.context} positions that the model has learned")
         x_BTD = self._embed(tokens_BT, position_T)
-        if feed is None and isinstance(cache, Row) and (stack := self._stack(x_BTD, cache)):
-            return self._finish(stack(x_BTD, cache))
         place = Place(self._tables(position_T, longest, x_BTD.dtype), lengths, cache, feed)
         runs = self.runs if torch.is_grad_enabled() else []  # without gradients nothing is kept
         for run in runs or self.layers:
             x_BTD = run(x_BTD, place)
-        return self._finish(x_BTD)
+        trunk = self.model
+        if trunk.norm is not None:
+            x_BTD = trunk.norm(x_BTD)
+        return x_BTD if trunk.project_out is None else trunk.project_out(x_BTD)
 
-    def _stack(self, x_BTD: Tensor, cache: Row) -> Stack | None:
-        """The blocks as one operator, where they can run as one now."""
-        if torch.is_grad_enabled() or not cache.suits(x_BTD):
+    def _stack(self, cache: Row) -> Stack | None:
+        """All below the head as one operator, where it can run as one now."""
+        if torch.is_grad_enabled() or not cache.suits(self.dtype):
             return None
         if self._blocks is None or (self._blocks and not self._blocks.untouched()):
             self._blocks = stack_of(self) or False
@@ -189,9 +192,3 @@ class Decoder(nn.Module):
         dim = self.config.head_dim
         ropes = {kind.rope for kind in self.config.pattern if kind.rope}
         return {rope: rope_tables(rope, dim, position_T, longest, dtype) for rope in ropes}
-
-    def _finish(self, x_BTD: Tensor) -> Tensor:
-        trunk = self.model
-        if trunk.norm is not None:
-            x_BTD = trunk.norm(x_BTD)
-        return x_BTD if trunk.project_out is None else trunk.project_out(x_BTD)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
@@ -33,17 +32,17 @@ class Part:
     first: int  # row of its first token in the step
     said: int = -1  # tokens of the answer before its first token; below 0: tokens of the prompt from there on
 
-    @cached_property
+    @property
     def fed(self) -> int:
         """Tokens in all."""
         return len(self.tokens) + len(self.draft)
 
-    @cached_property
+    @property
     def all_rows(self) -> range:
         """The rows of all its tokens."""
         return range(self.first, self.first + self.fed)
 
-    @cached_property
+    @property
     def rows(self) -> range:
         """The rows of its last certain token and its guesses, which say what comes next."""
         return range(self.first + len(self.tokens) - 1, self.first + self.fed)

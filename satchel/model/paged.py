@@ -217,11 +217,11 @@ class Row:
         """What each token may see, as the kernels call it."""
         return dict(zip(native.SIGHT, self.sight_3N, strict=True))
 
-    def suits(self, x_BTD: Tensor) -> bool:
-        """Whether compiled kernels know these pages and numbers."""
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Whether compiled kernels know these pages and numbers of this type."""
         data = self.pages.data
         known = self.pages.kv.kernel is not None
-        return known and data.device.type == "cpu" and x_BTD.dtype == data.dtype in (torch.float32, torch.bfloat16)
+        return known and data.device.type == "cpu" and dtype == data.dtype in (torch.float32, torch.bfloat16)
 
     def positions(self, tokens_BT: Tensor) -> tuple[Tensor, int]:
         """The tokens' positions, and the longest sequence that there may be: one for all, so that no frequency depends

@@ -89,11 +89,11 @@ def likeliest(logits_V: Tensor) -> int:
     return int(logits_V.numpy().argmax() if logits_V.device.type == "cpu" else logits_V.argmax())
 
 
-def sound(logits_RV: Tensor) -> bool:
-    """Whether the highest value of every row is a finite number. By numpy as in `likeliest`."""
+def sound(logits_RV: Tensor) -> list[bool]:
+    """Whether the highest value of each row is a finite number. By numpy as in `likeliest`."""
     if logits_RV.device.type == "cpu":
-        return bool(np.isfinite(logits_RV.numpy().max(1)).all())
-    return bool(logits_RV.amax(1).isfinite().all())
+        return np.isfinite(logits_RV.numpy().max(1)).tolist()
+    return logits_RV.amax(1).isfinite().tolist()
 
 
 def probabilities(logits_V: Tensor, how: Sampling, history: History = History()) -> Tensor:

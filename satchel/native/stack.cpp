@@ -1,5 +1,5 @@
-// The blocks of a decoder one after the other, for the new tokens of many sequences: norm, queries, keys and values,
-// rotation, attention over pages, output, norm, gated feed-forward.
+// A decoder from tokens to the states that its head reads, for the new tokens of many sequences: embedding; block after
+// block norm, queries, keys and values, rotation, attention over pages, output, norm, gated feed-forward; last norm.
 //
 // The stream from block to block is float32 here. Threads meet five times a block where the rows are few: each then
 // prepares the inputs of a product for itself.
@@ -21,20 +21,25 @@ struct Layer {
   const float *into_attention, *into_mlp;  // weights of the norms, [width]
   const float *q_norm, *k_norm;            // [dim]; null: none
   float eps, scale, cap;
-  int32_t window, table, act;  // table: which pair of rotary tables; -1: none
+  int32_t window, table, act;  // table: which kind of rotation; -1: none
 };
 
 struct Call {
   const Layer* layers;
-  const void* x;        // [rows, width]
-  void* y;              // [rows, width]
-  const float* tables;  // [T, 2, rows, half]: cosines and sines
-  void* pool;           // of keys and values; layer l, page p begins at byte p * page_stride + 2 l * half_stride
+  const Matrix* embeddings;  // a row a token; null: x is given
+  const int64_t* tokens;     // [rows]; used where there are embeddings
+  const void* x;             // [rows, width]; used where there are none
+  void* y;                   // [rows, width]
+  const float* norm;         // weights of the last norm, [width]; null: none
+  const float* frequencies;  // of each kind of rotation, [kinds, half]
+  const float* factors;      // on cosines and sines, [kinds]
+  void* pool;                // of keys and values; layer l, page p begins at byte p * page_stride + 2 l * half_stride
   uint8_t* room;
   const int32_t *pages, *table, *first, *past;  // as in attention.h,
   const int64_t *limit, *seen, *position;       // these too
   int64_t page_stride, half_stride;
-  int32_t count, rows, width, hidden, heads, kv_heads, dim, half, sequences, threads;
+  int32_t count, rows, width, hidden, heads, kv_heads, dim, half, kinds, sequences, threads;
+  float embed_scale, eps;  // on embeddings, and of the last norm
   int32_t bf16;   // whether the matrices are in bfloat16, all of them
   int32_t coded;  // as in pages.h
 };
@@ -62,6 +67,7 @@ struct Work {
   bool tiles, as_half, alone;
   int threads, qkv, mixed, widest;
   float *x, *h;             // the stream [rows, width], the feed-forward's inner values [rows, hidden]
+  float* tables;            // cosines and sines, [kinds, 2, rows, half]
   T *heads, *seen;          // queries, keys and values [rows, qkv]; what attention found [rows, mixed]
   uint8_t *inputs, *inner;  // rows as products take them; for tiles also the inner values
   int64_t inputs_size;
@@ -82,6 +88,7 @@ struct Work {
     const int64_t padded = (int64_t{c.rows} + kRows - 1) / kRows * kRows;
     x = arena.take<float>(int64_t{c.rows} * c.width);
     h = tiles ? nullptr : arena.take<float>(int64_t{c.rows} * c.hidden);
+    tables = arena.take<float>(int64_t{2} * c.kinds * c.rows * c.half);
     heads = arena.take<T>(int64_t{c.rows} * qkv);
     seen = arena.take<T>(int64_t{c.rows} * mixed);
     inputs_size = 2 * padded * (tiles ? std::max(c.width, mixed) : widest);
@@ -124,11 +131,10 @@ class Worker {
 
   void run() {
     const auto [first, last] = share(c.rows, me, w.team.size);
-    for (int64_t i = int64_t{first} * c.width; i < int64_t{last} * c.width; ++i)
-      w.x[i] = widen(static_cast<const T*>(c.x)[i]);
+    for (int r = first; r < last; ++r) begin(r);
     w.team.meet();
     for (int i = 0; i < c.count; ++i) layer(c.layers[i], i);
-    for (int64_t i = int64_t{first} * c.width; i < int64_t{last} * c.width; ++i) narrow(w.x[i], static_cast<T*>(c.y)[i]);
+    for (int r = first; r < last; ++r) end(r);
   }
 
  private:
@@ -136,6 +142,50 @@ class Worker {
   const Call& c;
   const int me;
   std::vector<float> row;
+
+  // The stream of one row, and the angles of its position.
+  void begin(int r) {
+    float* x = w.x + int64_t{r} * c.width;
+    if (c.embeddings)
+      embed(c.tokens[r], x);
+    else
+      for (int i = 0; i < c.width; ++i) x[i] = widen(static_cast<const T*>(c.x)[int64_t{r} * c.width + i]);
+    for (int kind = 0; kind < c.kinds; ++kind) {
+      auto [cos, sin] = table(kind, r);
+      for (int i = 0; i < c.half; ++i) {
+        const float angle = static_cast<float>(c.position[r]) * c.frequencies[kind * c.half + i];
+        cos[i] = std::cos(angle) * c.factors[kind];
+        sin[i] = std::sin(angle) * c.factors[kind];
+      }
+    }
+  }
+
+  // A token's row, rounded as where it is looked up.
+  void embed(int64_t token, float* x) {
+    const int lane = static_cast<int>(token % kRows);
+    numbers_of(*c.embeddings, static_cast<int>(token / kRows), [&](int input, Vector a, Vector b) {
+      x[input] = rounded(a[lane]);
+      x[input + 1] = rounded(b[lane]);
+    });
+    if (c.embed_scale == 1) return;
+    for (int i = 0; i < c.width; ++i) x[i] = rounded(x[i] * rounded(c.embed_scale));
+  }
+
+  static float rounded(float x) {
+    T out;
+    narrow(x, out);
+    return widen(out);
+  }
+
+  void end(int r) {
+    if (c.norm) rms_norm(w.x + int64_t{r} * c.width, c.norm, c.width, c.eps, w.x + int64_t{r} * c.width);
+    for (int64_t i = int64_t{r} * c.width; i < int64_t{r + 1} * c.width; ++i) narrow(w.x[i], static_cast<T*>(c.y)[i]);
+  }
+
+  std::pair<float*, float*> table(int kind, int r) {
+    float* cos = w.tables + (int64_t{2} * kind * c.rows + r) * c.half;
+    return {cos, cos + int64_t{c.rows} * c.half};
+  }
 
   void layer(const Layer& l, int index) {
     const Input normed = inputs(c.width, [&](int r) { norm(r, l.into_attention, l.eps); });
@@ -297,8 +347,7 @@ class Worker {
     for (int i = 0; i < c.dim; ++i) x[i] = widen(head[i]);
     if (norm) rms_norm(x, norm, c.dim, l.eps, x);
     if (l.table >= 0) {
-      const float* cos = c.tables + (int64_t{2} * l.table * c.rows + r) * c.half;
-      const float* sin = cos + int64_t{c.rows} * c.half;
+      const auto [cos, sin] = table(l.table, r);
       for (int i = 0; i < c.half; ++i) {
         const float a = x[i], b = x[i + c.half];
         x[i] = a * cos[i] - b * sin[i];
@@ -319,7 +368,13 @@ void run(const Call& c) {
 
 extern "C" {
 
-void satchel_stack(const Call* call, int bfloat16) { bfloat16 ? run<Half>(*call) : run<float>(*call); }
+// Does nothing and returns 0 where a token has no embedding.
+int satchel_stack(const Call* call, int bfloat16) {
+  for (int r = 0; call->embeddings && r < call->rows; ++r)
+    if (call->tokens[r] < 0 || call->tokens[r] >= call->embeddings->outputs) return 0;
+  bfloat16 ? run<Half>(*call) : run<float>(*call);
+  return 1;
+}
 
 // Bytes of scratch memory that a call takes.
 int64_t satchel_stack_room(const Call* call, int bfloat16) {

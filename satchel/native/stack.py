@@ -1,4 +1,4 @@
-"""The kernel of a decoder's blocks for CPUs, from Python: layers as `stack.cpp` knows them, and its call."""
+"""The kernel of a decoder below its head for CPUs, from Python: layers as `stack.cpp` knows them, and its call."""
 
 import ctypes
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_void_p
@@ -26,14 +26,16 @@ class Layer(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """The blocks and the rows of a step. Fields as in stack.cpp."""
+    """The decoder and the rows of a step. Fields as in stack.cpp."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("layers", "x", "y", "tables", "pool", "room")),
-        *((name, c_void_p) for name in ("pages", "table", "first", "past", *SIGHT)),
+        *((name, c_void_p) for name in ("layers", "embeddings", "tokens", "x", "y", "norm", "frequencies", "factors")),
+        *((name, c_void_p) for name in ("pool", "room", "pages", "table", "first", "past", *SIGHT)),
         *((name, c_int64) for name in ("page_stride", "half_stride")),
         *((name, c_int32) for name in ("count", "rows", "width", "hidden", "heads", "kv_heads", "dim", "half")),
-        *((name, c_int32) for name in ("sequences", "threads", "bf16", "coded")),
+        *((name, c_int32) for name in ("kinds", "sequences", "threads")),
+        *((name, c_float) for name in ("embed_scale", "eps")),
+        *((name, c_int32) for name in ("bf16", "coded")),
     ]
 
 
@@ -48,8 +50,11 @@ class Kernel:
         return self.library.satchel_stack_room(byref(call), c_int(bfloat16))
 
     def run(self, call: Call, bfloat16: bool) -> None:
-        """Releases the interpreter's lock."""
-        self.library.satchel_stack(byref(call), c_int(bfloat16))
+        """Releases the interpreter's lock. Raises IndexError for a token that has no embedding."""
+        if not self.library.satchel_stack(byref(call), c_int(bfloat16)):
+            raise IndexError(
+                f"a token is none of those that have {Matrix.from_address(call.embeddings).outputs} embeddings"
+            )
 
 
 @cache

@@ -116,7 +116,8 @@ class Engine:
         parts = self._parts(turn, sequences, self._propose(turn))
         with self.adapters.using((s.adapter, part.all_rows) for s, part in zip(sequences, parts, strict=True)):
             x_ND = self.runner.hidden(parts, self.skipper)
-        self.counts.update(steps=1, tokens=sum(part.fed for part in parts))
+        self.counts["steps"] += 1
+        self.counts["tokens"] += sum(part.fed for part in parts)
         return events + self._accept(sequences, parts, x_ND)
 
     def register(self, name: str, folder: str | Path) -> None:
@@ -217,15 +218,18 @@ class Engine:
         return self._end(s, "stop")
 
     def _answer_some(self, group: list[tuple[Sequence, Part]], x_ND: Tensor) -> list[Event]:
-        logits_RV = logits(self.model, chosen(x_ND, [row for _, part in group for row in part.rows]))
-        split = logits_RV.split([len(part.rows) for _, part in group])
-        told = [self._answer(s, part.draft, mine_RV) for (s, part), mine_RV in zip(group, split, strict=True)]
-        return [event for events in told for event in events]
+        logits_RV, events, first = logits(self.model, chosen(x_ND, [r for _, part in group for r in part.rows])), [], 0
+        good_R = sound(logits_RV)
+        for s, part in group:
+            mine = slice(first, first := first + len(part.rows))
+            if all(good_R[mine]):
+                events += self._answer(s, part.draft, logits_RV[mine])
+            else:
+                events += self._end(s, "error", BROKEN)
+        return events
 
     def _answer(self, s: Sequence, draft: Draft, logits_RV: Tensor) -> list[Event]:
         """What the logits after all its tokens make of a sequence, and of answers that begin with the same prompt."""
-        if not sound(logits_RV):
-            return self._end(s, "error", BROKEN)
         siblings = self.siblings.pop(s.id, [])
         for sibling in siblings:
             self.scheduler.fork(s, sibling)
@@ -246,14 +250,20 @@ class Engine:
                 path.append(at)
         said = s.tokens[begin:]
         self.pool.gather(s.table, begin, path)
-        self.counts.update(answered=len(said), drafts=bool(draft), guessed=len(draft), right=len(path))
+        self.counts["answered"] += len(said)
         self.scheduler.seen(s, len(s.tokens) - 1)
         if draft:
-            s.guessed, s.right = s.guessed + len(draft), s.right + len(path)
-            self.proposer.learn(s, draft, path)
+            self._learn(s, draft, path)
         if s.finish:
             self._drop(s)
         return self.answers.say(s, said, text, logprobs)
+
+    def _learn(self, s: Sequence, draft: Draft, path: list[int]) -> None:
+        """Guesses, and which of them were right."""
+        for name, more in (("drafts", 1), ("guessed", len(draft)), ("right", len(path))):
+            self.counts[name] += more
+        s.guessed, s.right = s.guessed + len(draft), s.right + len(path)
+        self.proposer.learn(s, draft, path)
 
     def _next(self, s: Sequence, at: int, logits_V: Tensor) -> int | None:
         """The token after guess `at`; None if the constraint leaves none."""

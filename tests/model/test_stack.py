@@ -37,6 +37,7 @@ FAMILIES = {
     "head norms": {"model_type": "qwen3", "head_dim": 32},
     "window": {"model_type": "mistral", "sliding_window": 21},
     "one head": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 48},
+    "scaled embeddings": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "head_dim": 64},
 }
 
 
@@ -107,11 +108,12 @@ def test_a_model_in_16_bits_runs_as_one_operator_in_every_format(format, tmp_pat
     lengths = ((40, 3, 0), (1, 1, 1), (2, 20, 1), (1, 0, 60))
     ours = steps(model, lengths)
     assert model._blocks
-    assert close(ours, one_by_one(model, lengths), EIGHT_BITS)
+    theirs = one_by_one(model, lengths)
     dense = load(source, torch.float32)
     for path, module in linears(model).items():
         dense.get_submodule(path).weight.data.copy_(dense_OI(module))
-    assert close(ours, steps(dense, lengths), 2 * EIGHT_BITS)
+    expected = steps(dense, lengths)
+    assert close(ours, expected, EIGHT_BITS) and close(theirs, expected, EIGHT_BITS)
 
 
 def test_a_mixture_of_bfloat16_and_blocks_runs_block_by_block(tmp_path):
@@ -127,6 +129,27 @@ def test_every_level_gives_the_same(sources, level):
     lengths = ((35, 2), (1, 1), (4, 5))
     dense = load(sources["llama"], torch.float32)
     assert close(steps(loaded(sources["llama"], level=level), lengths), steps(dense, lengths), 2 * EIGHT_BITS)
+
+
+def test_embeddings_that_lie_in_no_tiles_are_looked_up_before(sources):
+    model, lengths = loaded(sources["llama"]), ((40, 3), (1, 1))
+    whole = steps(model, lengths)
+    weight_VD = model.lm_head.dense()
+    swap(model, "model.embed_tokens", torch.nn.Embedding.from_pretrained(weight_VD))
+    again = steps(model, lengths)
+    assert model._blocks and model._blocks.embeddings is None
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+
+
+@pytest.mark.parametrize("token", [-1, 203])
+@torch.inference_mode()
+def test_a_token_without_an_embedding_is_an_error_that_leaves_the_pages_alone(sources, token):
+    model = loaded(sources["llama"])
+    pool = Pool(model.config, 1, model.dtype, "cpu", 512)
+    pool.data.fill_(7.0)
+    with pytest.raises(IndexError, match="203 embeddings"):
+        model.hidden(torch.tensor([[5, token]]), cache=Row(pool.pages, [Stretch([0], 0, 2)]))
+    assert bool((pool.data == 7).all())
 
 
 @given(

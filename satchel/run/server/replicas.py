@@ -209,7 +209,7 @@ def _multiplexed(serve: Any) -> type:
 
 def _replicas(name: str) -> Any:
     """The replicas as Ray's router chooses among them for a name."""
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     return serve.get_deployment_handle("replica", "engines").options(stream=True, multiplexed_model_id=name)
 
@@ -230,8 +230,8 @@ def _until_told() -> None:
 
 def _ray() -> tuple[Any, Any]:
     try:
-        import ray
-        from ray import serve
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray import serve  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UserError("replicas need Ray Serve; pip install 'satchel[replicas]'") from None
     return ray, serve
