@@ -22,7 +22,8 @@ better one of with and without flash attention. `--llama-python DIR/bin/python` 
 Python with `pip install openvino-genai`. A peer that is missing is left out with a word.
 
 satchel and llama.cpp are measured in every round, all else in the first one only; the levels of instructions that are
-many times slower get fewer and shorter prompts. All of it is meant to take less than 25 minutes on two cores.
+many times slower get fewer and shorter prompts. All of it is meant to take less than 25 minutes on two cores. There are
+results for each level of instructions that a machine has at best: decode-amx.json, decode-avx512.json.
 
 `--work DIR` keeps models and every finished measurement there, and goes on from what it finds. `--only 'TEXT|TEXT'`
 measures the cases whose `model, engine, options` holds one of these texts: `--only 'SmolLM2-135M, llama|format=auto'`.
@@ -50,7 +51,7 @@ from bench._harness import add_work, interleave, median, once, told, workplace, 
 from satchel.model.source import demo_path, find_source
 from satchel.native import draw, layout, paged, pointwise, stack
 from satchel.native.build import build
-from satchel.native.levels import LEVELS
+from satchel.native.levels import LEVELS, supported
 
 PATIENCE_S = 900
 DEMO, TOY, LIMITS = "SmolLM2-135M", "toy", "limits"
@@ -294,7 +295,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def main(given: list[str] | None = None) -> list[dict[str, Any]]:
-    """Measure, and write bench/results/decode.json after every measurement."""
+    """Measure, and write bench/results/decode-LEVEL.json after every measurement."""
     asked = arguments(given)
     wanted, seen = cases(asked), Counter[Case]()
     compiled()
@@ -324,7 +325,8 @@ def report(bench: Bench, wanted: list[Case]) -> Path:
     )
     title = f"Decoding on {bench.asked.threads} threads, in brackets the share of what the machine could do{rates}"
     runs = {case.name: found for case, found in bench.found.items()}
-    return write("decode", title, table(bench, wanted), quiet=True, arguments=told(bench.asked), runs=runs)
+    name = f"decode-{supported()[0]}"  # what is fast with one level's instructions need not be with another's
+    return write(name, title, table(bench, wanted), quiet=True, arguments=told(bench.asked), runs=runs)
 
 
 if __name__ == "__main__":

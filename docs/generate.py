@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from headlines import headline
+from headlines import bench_of, headline
 
 from satchel.core import book
 from satchel.core.book import Entry
@@ -89,7 +89,10 @@ def _table(name: str, found: dict, rows: list[dict]) -> str:
     columns = list(rows[0])
     machine, commit = found.get("machine", "?"), str(found.get("commit", "?"))[:10]
     dirty = ", with local changes" if found.get("dirty") else ""
-    lines = [f"**{found.get('title', name)}** (`satchel bench {name}`; {_plain(machine)}; commit {commit}{dirty})", ""]
+    lines = [
+        f"**{found.get('title', name)}** (`satchel bench {bench_of(name)}`; {_plain(machine)}; commit {commit}{dirty})",
+        "",
+    ]
     lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     lines += [f"| {' | '.join(_cell(_plain(row.get(column, ''))) for column in columns)} |" for row in rows]
     return "\n".join(lines)

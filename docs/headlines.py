@@ -8,8 +8,13 @@ Rows = list[Row]
 
 
 def headline(name: str, rows: Rows) -> str:
-    """The line of one bench."""
-    return HEADLINES[name](rows)
+    """The line of one file of results: of a bench, or 'BENCH-KIND' of a bench on one kind of machine."""
+    return HEADLINES[bench_of(name)](rows)
+
+
+def bench_of(name: str) -> str:
+    """Which bench wrote a file of results."""
+    return name.partition("-")[0]
 
 
 def _activations(rows: Rows) -> str:
