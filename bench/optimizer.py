@@ -9,12 +9,14 @@ to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehears
 
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
 rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
-a second process may help with --backwards: it begins at the list's end.
+a second process may help with --backwards: it begins at the list's end. With --resume it goes on from the results of an
+earlier one, timings left out: some 200 runs take hours, and need not be of one day or one machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import dataclass, field
 from functools import cache
@@ -131,15 +133,21 @@ class Bench:
 
     work: Path
     steps: int
+    earlier: tuple[dict[str, Any], ...] = ()  # runs of a bench that this one goes on with
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, job: Job, optimizer: str, lr: float, seed: int) -> dict[str, Any]:
         """One training run; with the sweep's seed it is short."""
+        same = {"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed}
+        for line in self.earlier:
+            if same.items() <= line.items():
+                self.runs.append(line)
+                return line
         steps = self.length(job) if seed != SWEEP_SEED else max(self.length(job) // 4, 1)
         settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
         home = self.folder(job) / order(self.length(job), seed)
         found = once(self.folder(job), "bench._tune_satchel", settings, PATIENCE_S, work=str(home))
-        return self.note({"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed} | found)
+        return self.note(same | found)
 
     def time(self, job: Job, optimizer: str, lr: float, number: int) -> None:
         """A few steps on a quiet machine."""
@@ -190,6 +198,14 @@ class Bench:
     @staticmethod
     def _is(line: dict[str, Any], job: Job, optimizer: str) -> bool:
         return (line["job"], line["optimizer"]) == (job.name, optimizer) and "error" not in line
+
+
+def earlier_runs(steps: int) -> tuple[dict[str, Any], ...]:
+    """The runs of as many steps that the results hold, but for timings and failures."""
+    path = RESULTS / "optimizer.json"
+    found = json.loads(path.read_text()) if path.exists() else {"runs": (), "arguments": {"steps": steps}}
+    good = (line for line in found["runs"] if "seed" in line and "error" not in line)
+    return tuple(good) if found["arguments"]["steps"] == steps else ()
 
 
 def said(found: dict[str, Any]) -> str:
@@ -297,6 +313,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="words; optimizers whose spelling holds one, and AdamW")
     parser.add_argument("--job", default="", help="jobs whose name holds this")
     parser.add_argument("--backwards", action="store_true", help="from the end of the list, beside another process")
+    parser.add_argument("--resume", action="store_true", help="go on from the runs in bench/results/optimizer.json")
     parser.add_argument("--quick", action="store_true", help="2 steps of tiny models, one seed: a test of the bench")
     add_work(parser)
     return parser.parse_args(given)
@@ -309,7 +326,7 @@ def main(given: list[str] | None = None) -> Path:
         asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
     seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
     with workplace(None if asked.quick else asked.work) as work:
-        bench = Bench(work, asked.steps)
+        bench = Bench(work, asked.steps, earlier_runs(asked.steps) if asked.resume else ())
         for job in jobs:
             prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)
         try:

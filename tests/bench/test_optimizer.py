@@ -62,6 +62,21 @@ def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
     json.dumps([ours, base])
 
 
+def test_a_bench_goes_on_from_the_runs_of_earlier_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer, "RESULTS", tmp_path)
+    assert optimizer.earlier_runs(60) == ()
+    run = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "seed": 0, "held_out": 3.5}
+    timed, failed = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "timing": 0}, run | {"seed": 1, "error": "no"}
+    found = {"arguments": {"steps": 60}, "runs": [run, timed, failed]}
+    (tmp_path / "optimizer.json").write_text(json.dumps(found))
+    assert optimizer.earlier_runs(61) == ()
+    bench = optimizer.Bench(tmp_path, 60, optimizer.earlier_runs(60))
+    monkeypatch.setattr(optimizer, "once", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
+    assert bench.run(SMALL, "lion", 1e-3, 0) == run
+    assert [bench.run(SMALL, *other)["held_out"] for other in (("lion", 1e-3, 1), ("lion", 2e-3, 0))] == [9, 9]
+    assert [line["held_out"] for line in bench.runs] == [3.5, 9, 9]
+
+
 def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, monkeypatch):
     usual, tried = SMALL.rate("lion"), []
 
