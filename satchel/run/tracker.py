@@ -20,10 +20,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import satchel.model.tiling  # noqa: F401 - whose operators are counted
+from satchel.native.levels import supported
 
 aten = torch.ops.aten
 THIN = 32  # operations a byte below which moving the byte is what takes the time
-PACKED = 1200 << 10  # bytes of a thread's part at most; half of a smaller matrix. Measured with oneDNN, +-0.6 MiB
+# Bytes of a thread's part at most, with tiles of AMX and without; half of a smaller matrix. Measured with oneDNN, to
+# 0.6 MiB.
+PACKED_TILES, PACKED = 1200 << 10, 128 << 10
 ENGINE = "_engine_run_backward"  # the function of torch.autograd under which the engine runs
 WRAPPERS = ("_dynamo", "_compile.py")  # files of torch that stand between an operator's caller and a dispatch mode
 
@@ -140,7 +143,7 @@ def _scratch(func: Any, args: tuple) -> int:
     second = args[-1]
     if second.device.type != "cpu" or second.element_size() != 2 or second.stride(-1) != 1:
         return 0
-    return torch.get_num_threads() * min(PACKED, second.numel())
+    return torch.get_num_threads() * min(PACKED_TILES if supported()[0] == "amx" else PACKED, second.numel())
 
 
 def work_of(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor]) -> Work:
