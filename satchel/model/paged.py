@@ -13,7 +13,7 @@ native/paged.cpp, which copies nothing; elsewhere, and without a compiler, it is
 only what `store` and `read` do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from satchel.model.config import ModelConfig
 from satchel.model.kv import kv_of, parts_of, token_bytes
-from satchel.model.spans import SpanLayer, Spans, cut, fitting, laid
+from satchel.model.spans import SpanLayer, Spans, cut, fitting, laid, weighed
 from satchel.native import paged as native
 
 # N tokens of the row, T of one sequence, S sequences or its slots, B blocks of X numbers, M pages of all tables,
@@ -40,6 +40,7 @@ class Pages:
         self.data = data_BX.unflatten(1, (config.layers, 2, config.kv_heads, -1))
         self.context = context  # the longest sequence there will be, tokens
         self.heads, self.dim, self.kv = config.kv_heads, config.head_dim, kv_of(kv)
+        self.weighed: Callable[..., Tensor] = weighed  # what a softmax over them is made by
         keys, values = (parts_of(self.kv, half, self.dim) for half in self.data.unbind(2))
         self.keys = [part.unflatten(-1, (-1, PAGE)) for part in keys]  # [B, layers, K, n, P] each
         self.values = [part.unflatten(-1, (PAGE, -1)) for part in values]  # [B, layers, K, P, n]

@@ -157,17 +157,18 @@ class Tiles:
             begin = stop
             active = sum(count > begin for count in pages)
 
-    def first(self, position_AR: Tensor, window: int) -> Tensor:
-        """The first page that each tile may see."""
-        return (position_AR.amin(1) - (window - 1)).clamp(min=0) // PAGE if window else torch.zeros_like(self.end_A)
+    def known(self, sight_3N: Tensor, window: int) -> Tensor:
+        """Of each row, [4, A, 1, 1, R]: what it sees, and the first slot of the first page that its tile may see."""
+        limit_AR, branch_AR, position_AR = sight_3N[:, self.row_AR]
+        oldest_A = (position_AR.amin(1) - (window - 1)).clamp(min=0) if window else torch.zeros_like(self.end_A)
+        first_AR = (oldest_A // PAGE * PAGE)[:, None].expand_as(limit_AR)
+        return torch.stack([limit_AR, branch_AR, position_AR, first_AR])[:, :, None, None]
 
-    def look(self, some: slice, first_A: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        """The pool's pages in a span of tables, [A, L], and the slots there, [A, L * P]; those behind a table's end are
-        nobody's, whatever the page."""
-        page_AL, device = self.page_AL[some], first_A.device
-        at_AL = first_A[:, None] + torch.arange(span.start, span.stop, device=device)
-        slot_ALP = at_AL[..., None] * PAGE + torch.arange(PAGE, device=device)
-        return page_AL.gather(1, at_AL.clamp(max=page_AL.shape[1] - 1)), slot_ALP.flatten(1)
+    def look(self, some: slice, first_A: Tensor, span: slice) -> Tensor:
+        """The pool's pages in a span of tables, [A, L]."""
+        page_AL = self.page_AL[some]
+        at_AL = first_A[some, None] // PAGE + torch.arange(span.start, span.stop, device=first_A.device)
+        return page_AL.gather(1, at_AL.clamp(max=page_AL.shape[1] - 1))
 
 
 class Spans:
@@ -178,7 +179,7 @@ class Spans:
         self.pages, self.shape, self.flat = pages, shape, flat
         self.slot_N, self.source_N, sight, *_ = flat.split(shape.sizes)
         self.sight_3N = sight.view(3, -1)
-        self._sights: dict[int, Tensor] = {}
+        self._known: dict[int, list[Tensor]] = {}
         self.layers = [SpanLayer(self, index) for index in range(pages.data.shape[1])]  # the row as each layer sees it
 
     @cached_property
@@ -192,15 +193,16 @@ class Spans:
         """The tokens' positions, and the longest sequence that there may be."""
         return self.sight_3N[2], self.pages.context
 
-    def sight(self, window: int) -> Tensor:
-        """What each row sees, [3, N + 1]: the last one is none, which sees nothing."""
-        if window not in self._sights:
+    def known(self, window: int) -> list[Tensor]:
+        """Of each group, what `Tiles.known` says: the same for all layers of a window."""
+        if window not in self._known:
             limit_N, branch_N, position_N = self.sight_3N
             nothing_31 = torch.zeros_like(self.sight_3N[:, :1])
             nothing_31[2] = NOWHERE
             some = torch.stack([limit_N, _latest(branch_N, window) if window else branch_N, position_N])
-            self._sights[window] = torch.cat([some, nothing_31], 1)
-        return self._sights[window]
+            sight_3N = torch.cat([some, nothing_31], 1)  # the last row is none, which sees nothing
+            self._known[window] = [tiles.known(sight_3N, window) for tiles in self.tiles]
+        return self._known[window]
 
 
 class SpanLayer:
@@ -222,53 +224,60 @@ class SpanLayer:
         """Stores keys and values of the new tokens, and attends from these: [1, N, H, E]; zero for filler."""
         row, q_NHE = self.row, q_1NHE[0]
         row.pages.store(self.index, row.slot_N, k_1NKE[0, row.source_N], v_1NKE[0, row.source_N])
-        sight_3N = row.sight(window or 0)
         out_NHE = q_NHE.new_zeros(len(q_NHE) + 1, *q_NHE.shape[1:])
-        for tiles in row.tiles:
-            sight_3AR = sight_3N[:, tiles.row_AR]
-            out_NHE[tiles.row_AR] = self._found(q_NHE[tiles.read_AR], tiles, sight_3AR, scale, window or 0, cap)
+        for tiles, known_4A11R in zip(row.tiles, row.known(window or 0), strict=True):
+            how = scale, window or 0, cap or 0.0
+            out_NHE[tiles.row_AR] = self._found(q_NHE[tiles.read_AR], tiles, known_4A11R, *how)
         return out_NHE[None, :-1]
 
     def _found(
-        self, q_ARHE: Tensor, tiles: Tiles, sight_3AR: Tensor, scale: float, window: int, cap: float | None
+        self, q_ARHE: Tensor, tiles: Tiles, known_4A11R: Tensor, scale: float, window: int, cap: float
     ) -> Tensor:
         """What the tiles' rows find, [A, R, H, E]."""
         pages, rows, heads = self.row.pages, *q_ARHE.shape[1:3]
-        q_AKME = q_ARHE.unflatten(2, (pages.heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        first_A, found = tiles.first(sight_3AR[2], window), Found(q_AKME)
+        q_AKGRE = q_ARHE.unflatten(2, (pages.heads, -1)).permute(0, 2, 3, 1, 4)
+        q_AKME, first_A = q_AKGRE.flatten(2, 3), known_4A11R[3, :, 0, 0, 0]
+        total_AKGRE = torch.zeros_like(q_AKGRE, dtype=wide(q_ARHE.dtype), memory_format=torch.contiguous_format)
+        best_AKGR = torch.full_like(total_AKGRE[..., 0], LOWEST, memory_format=torch.contiguous_format)
+        share_AKGR = torch.zeros_like(best_AKGR)
         for some, span in tiles.steps(window, PAGE * max(2 * pages.heads * pages.dim, heads * rows)):
-            page_AL, slot_AS = tiles.look(some, first_A[some], span)
-            k_AKES, v_AKSE = pages.read(self.index, page_AL)
-            score_AKMS = (q_AKME[some] @ k_AKES).to(found.best_AKM1.dtype).mul_(scale)
-            if cap:
-                score_AKMS.div_(cap).tanh_().mul_(cap)
-            seen_ARS = seen(sight_3AR[:, some, :, None], slot_AS[:, None], window)
-            score_AKMS.unflatten(2, (-1, rows)).masked_fill_(~seen_ARS[:, None, None], -torch.inf)
-            v_AKSE.masked_fill_((slot_AS >= tiles.end_A[some, None])[:, None, :, None], 0)  # memory that nobody wrote
-            found.add(some, score_AKMS, v_AKSE)
-        return found.mean_AKME().unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_ARHE.dtype)
+            k_AKES, v_AKSE = pages.read(self.index, tiles.look(some, first_A, span))
+            slot_S = torch.arange(span.start * PAGE, span.stop * PAGE, device=first_A.device)
+            nobodys_AS = first_A[some, None] + slot_S >= tiles.end_A[some, None]
+            v_AKSE.masked_fill_(nobodys_AS[:, None, :, None], 0)  # memory that nobody wrote
+            score_AKGRS = (q_AKME[some] @ k_AKES).unflatten(2, (-1, rows))
+            state = best_AKGR[some], share_AKGR[some], total_AKGRE[some]
+            share_AKGRS = pages.weighed(score_AKGRS, known_4A11R[:, some], slot_S, *state, scale, window, cap)
+            total_AKGRE[some].flatten(2, 3).add_(share_AKGRS.flatten(2, 3) @ v_AKSE)
+        mean_AKGRE = total_AKGRE / share_AKGR[..., None]
+        return mean_AKGRE.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_ARHE.dtype)
 
 
-class Found:
-    """A softmax under way: what it needs to go on."""
-
-    def __init__(self, q_AKME: Tensor) -> None:
-        self.sum_AKME = torch.zeros_like(q_AKME, dtype=wide(q_AKME.dtype))
-        self.best_AKM1 = torch.full_like(self.sum_AKME[..., :1], LOWEST)
-        self.share_AKM1 = torch.zeros_like(self.best_AKM1)
-
-    def add(self, some: slice, score_AKMS: Tensor, v_AKSE: Tensor) -> None:
-        """Slots more, for the first tiles. Overwrites the scores."""
-        best, share, total = self.best_AKM1[some], self.share_AKM1[some], self.sum_AKME[some]
-        top = torch.maximum(best, score_AKMS.amax(-1, keepdim=True))
-        fade, new_AKMS = (best - top).exp_(), score_AKMS.sub_(top).exp_()
-        share.mul_(fade).add_(new_AKMS.sum(-1, keepdim=True))
-        total.mul_(fade).add_(new_AKMS.to(v_AKSE.dtype) @ v_AKSE)
-        best.copy_(top)
-
-    def mean_AKME(self) -> Tensor:
-        """The values, weighted by their shares; not a number for a row that saw nothing."""
-        return self.sum_AKME / self.share_AKM1
+def weighed(
+    score: Tensor,
+    known_4: Tensor,
+    slot_S: Tensor,
+    best: Tensor,
+    share: Tensor,
+    total: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    """A softmax under way goes on to slots more: what their values are to be multiplied by, [..., S], of their scores,
+    which are overwritten. It keeps the highest score and the sum, [...], and brings the weighted values [..., E] to the
+    new highest; they are not a number for a row that saw nothing. `known_4`, [4, ...]: see `Tiles.known`."""
+    wide_score = score.to(best.dtype).mul_(scale)
+    if cap:
+        wide_score.div_(cap).tanh_().mul_(cap)
+    slot = known_4[3, ..., None] + slot_S
+    wide_score.masked_fill_(~seen(known_4[:3, ..., None], slot, window), -torch.inf)
+    top = torch.maximum(best, wide_score.amax(-1))
+    fade, new = (best - top).exp_(), wide_score.sub_(top[..., None]).exp_()
+    share.mul_(fade).add_(new.sum(-1))
+    total.mul_(fade[..., None])
+    best.copy_(top)
+    return new.to(score.dtype)
 
 
 def seen(sight_3: Tensor, slot: Tensor, window: int) -> Tensor:
