@@ -1,5 +1,6 @@
 """Self-attention of every family: projections, norms of queries and keys, rotary positions, attention, output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -41,6 +42,7 @@ class Attention(nn.Module):
         super().__init__()
         kind, dim = config.layer_kinds[index], config.head_dim
         self.index, self.dim, self.rope, self.clip = index, dim, kind.rope, config.clip_qkv
+        self.rotate: Callable[..., Tensor] = rotate  # what does it
         self.how = {"scale": config.scale_of(index), "window": kind.window, "cap": config.attention_softcap}
         self.q_proj = Linear(config.width, config.heads * dim, config.qkv_bias, **at)
         self.k_proj = Linear(config.width, config.kv_heads * dim, config.qkv_bias, **at)
@@ -86,4 +88,4 @@ class Attention(nn.Module):
         return norm(x) if norm is not None and self.norm_heads else x
 
     def _turned(self, x_BTHE: Tensor, place: Place) -> Tensor:
-        return x_BTHE if self.rope is None else rotate(x_BTHE, *place.tables[self.rope])
+        return x_BTHE if self.rope is None else self.rotate(x_BTHE, *place.tables[self.rope])

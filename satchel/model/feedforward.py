@@ -1,5 +1,6 @@
 """The dense feed-forward: down(act(gate(x)) * up(x)), or down(act(up(x))) where it has no gate."""
 
+from collections.abc import Callable
 from typing import Unpack
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, hidden: int, **at: Unpack[At]) -> None:
         super().__init__()
         self.act = config.act
+        self.gate: Callable[..., Tensor] = gated  # what does activation and product
         if config.gated:
             self.gate_proj = Linear(config.width, hidden, config.mlp_bias, **at)
         self.up_proj = Linear(config.width, hidden, config.mlp_bias, **at)
@@ -24,5 +26,5 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         if self.gated:
-            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act))
+            return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x), self.act))
         return self.down_proj(activate(self.up_proj(x), self.act))

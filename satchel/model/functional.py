@@ -46,17 +46,23 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(wide(x.dtype), copy=True)
 
 
+def normed(x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, late_cast: bool) -> tuple[Tensor, Tensor]:
+    """What `rms_norm` says, and 1 / sqrt(mean(x^2) + eps), by torch's operators."""
+    y = _widened(x)
+    rstd = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y.mul_(rstd)
+    if not late_cast:
+        return y.to(x.dtype).mul_(weight_D), rstd
+    return y.mul_(weight_D.to(y.dtype) + 1 if plus_one else weight_D).to(x.dtype), rstd
+
+
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, plus_one: bool, late_cast: bool) -> Tensor:
-        y = _widened(x)
-        rstd = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, rstd = normed(x, weight_D, eps, plus_one, late_cast)
         ctx.save_for_backward(x, weight_D, rstd)
         ctx.plus_one = plus_one
-        y.mul_(rstd)
-        if not late_cast:
-            return y.to(x.dtype).mul_(weight_D)
-        return y.mul_(weight_D.to(y.dtype) + 1 if plus_one else weight_D).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -131,12 +137,12 @@ def activate(x: Tensor, act: str) -> Tensor:
     return ACTS[act][0](x)
 
 
-def _turn(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int) -> Tensor:
-    """Rotates the pairs (r, r + R/2) of each head by the tables' angles times `sign`."""
+def turned(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: int = 1) -> Tensor:
+    """`rotate` by torch's operators: rotates the pairs (r, r + R/2) of each head by the tables' angles times `sign`."""
     half = cos_TR.shape[-1]
     cos, sin = cos_TR[:, None], sin_TR[:, None]
     x1, x2, rest = x_BTHE.tensor_split((half, 2 * half), -1)
-    if tangents_flow():
+    if torch.compiler.is_compiling() or tangents_flow():
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
     y_BTHE = torch.empty_like(x_BTHE)
     y1, y2, y_rest = y_BTHE.tensor_split((half, 2 * half), -1)
@@ -150,12 +156,12 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TR, sin_TR)
-        return _turn(x_BTHE, cos_TR, sin_TR, 1)
+        return turned(x_BTHE, cos_TR, sin_TR)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad, *ctx.saved_tensors, sign=-1), None, None
+        return turned(grad, *ctx.saved_tensors, sign=-1), None, None
 
 
 def rotate(x_BTHE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

@@ -17,33 +17,37 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from satchel.core.serve_seams import Skipper
+from satchel.core.serve_seams import Draft, Skipper
 from satchel.model.bank import Banked
 from satchel.model.decoder import Decoder
 from satchel.model.forward import Part, hidden, padded
 from satchel.model.paged import PAGE, Pages, Stretch, sights
 from satchel.model.spans import FEW, Group, Shape, Spans, Tile, cut, laid
+from satchel.run.compiled import Compiled
 
 # N tokens of a row, D width
 
 GRAPH_BYTES = 4 << 20  # of one recording beside its tensors: a guess, which no GPU has confirmed
 STREAM_BYTES = 32 << 20  # that matrix products set aside for the stream on which steps are recorded
+LENGTHS = (13, 21, 1)  # tokens of steps in which operators are compiled: sizes that meet none of a model's, and one
+PAST = 96  # tokens before these
 SHORTEST = 16  # pages of the shortest table that steps are recorded for; each next is twice as long
 
 
 class Eager:
-    """Runs the operators of every step one by one."""
+    """Runs the operators of every step one by one, compiled or as they are."""
 
     replayed = 0  # steps that were a recording's
 
-    def __init__(self, model: Decoder, pages: Pages) -> None:
-        self.model, self.pages = model, pages
+    def __init__(self, model: Decoder, pages: Pages, compiled: Compiled | None = None) -> None:
+        self.model, self.pages, self.compiled = model, pages, compiled
 
     def hidden(self, parts: Sequence[Part], skipper: Skipper | None = None) -> Tensor:
         """The state [N, D] before the head of every token of the step; good until the next one."""
@@ -51,6 +55,12 @@ class Eager:
 
     def warm(self, batch: int, guesses: int) -> None:
         """Prepare for steps of up to `batch` sequences, each with up to so many guesses."""
+        if self.compiled:
+            with self.compiled.into(self.model, self.pages), _kept(self.pages):
+                for tokens in LENGTHS:
+                    stop = min(tokens + PAST, self.pages.context)
+                    past, table = max(stop - tokens, 0), [0] * -(-stop // PAGE)
+                    hidden(self.model, self.pages, [Part([0] * (stop - past), Draft(), table, past, 0)])
 
 
 class Recorder(Protocol):
@@ -127,8 +137,8 @@ class Recording:
 class Recorded(Eager):
     """Runs what it has recorded; else as `Eager`."""
 
-    def __init__(self, model: Decoder, pages: Pages, record: Recorder) -> None:
-        super().__init__(model, pages)
+    def __init__(self, model: Decoder, pages: Pages, record: Recorder, compiled: Compiled | None = None) -> None:
+        super().__init__(model, pages, compiled)
         self.record = record
         self.recordings: dict[Shape, Recording] = {}
         self._sizes: tuple[list[int], ...] = ()
@@ -137,24 +147,24 @@ class Recorded(Eager):
     @torch.inference_mode()
     def warm(self, batch: int, guesses: int) -> None:
         """Record steps of all sizes, the largest first, into whose memory the others fit, then the smallest on."""
+        super().warm(batch, guesses)
         self.recordings.clear()
         self._links = list(_links(self.model))
         self._sizes = sizes(self.pages.context, batch, guesses)
         if not self._same():
             return
-        first = self.pages.data[0].clone()  # what is run while it is recorded writes there
         *others, largest = sorted(self._shapes(), key=lambda shape: sum(shape.sizes))
-        for shape in (largest, *others):
-            try:
-                recording = Recording(self.model, self.pages, shape, self.record)
-            except torch.OutOfMemoryError:
-                continue
-            except RuntimeError:  # it waits for a number, as experts do
-                break
-            self.recordings[shape] = recording
-            if self.record.full:
-                break
-        self.pages.data[0].copy_(first)
+        with _kept(self.pages):
+            for shape in (largest, *others):
+                try:
+                    recording = Recording(self.model, self.pages, shape, self.record)
+                except torch.OutOfMemoryError:
+                    continue
+                except RuntimeError:  # it waits for a number, as experts do
+                    break
+                self.recordings[shape] = recording
+                if self.record.full:
+                    break
 
     @torch.inference_mode()
     def hidden(self, parts: Sequence[Part], skipper: Skipper | None = None) -> Tensor:
@@ -204,8 +214,16 @@ def sizes(context: int, batch: int, guesses: int) -> tuple[list[int], list[int],
 
 
 def runner(device: str, room_bytes: int) -> Callable[[Decoder, Pages], Eager]:
-    """What makes an engine's runner: on a GPU one that records, within so many bytes."""
-    return partial(Recorded, record=CudaGraphs(room_bytes)) if device == "cuda" else Eager
+    """What makes an engine's runner: on a GPU one that compiles, and records within so many bytes."""
+    return partial(Recorded, record=CudaGraphs(room_bytes), compiled=Compiled()) if device == "cuda" else Eager
+
+
+@contextmanager
+def _kept(pages: Pages) -> Iterator[None]:
+    """What is run inside, on nobody's tokens, may write to the pool's first block."""
+    first = pages.data[0].clone()
+    yield
+    pages.data[0].copy_(first)
 
 
 def _shape(rows: int, tiles: int, pages: int) -> Shape:
