@@ -9,7 +9,7 @@ experts and feed-forwards that are left out find operators that are compiled bes
 
 Nothing is compiled later, in the midst of requests. What cannot be compiled, for want of Triton or of sizes like it at
 the start, runs operator by operator, and the log says so once. Results differ from those in the last bits: what torch
-rounds between two operators stays in float32 here. Memory is no more than theirs: the kernels are some hundred KiB.
+rounds between two operators stays in float32 here. It takes no more memory than is rehearsed without it.
 
 No GPU has run this yet; tests/run/test_gpu.py is what the first one should be given.
 """
@@ -38,12 +38,17 @@ log = logging.getLogger("satchel.server")
 Compiler = Callable[[torch.fx.GraphModule, Sequence[Any]], Any]  # a backend of torch.compile
 Operator = Callable[..., Tensor]
 LIMIT = 100  # graphs of one function, over all engines that a process ever has
-SAME_BITS = {"deterministic": True, "triton.autotune_pointwise": False}  # whatever this machine's clock would prefer
+OPTIONS = {
+    "deterministic": True,  # kernels are chosen without a clock, so that every start gives the same bits
+    "triton.autotune_pointwise": False,
+    "realize_reads_threshold": 100,  # what two passes need is made twice: scores in float32 are never stored
+    "realize_opcount_threshold": 1000,
+}
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """torch's own compiler; it measures nothing, so that every start gives the same kernels."""
-    return torch._inductor.compile(graph, list(inputs), options=SAME_BITS)
+    """torch's own compiler."""
+    return torch._inductor.compile(graph, list(inputs), options=OPTIONS)
 
 
 class Compiled:
@@ -51,7 +56,8 @@ class Compiled:
 
     def __init__(self, compiler: Compiler = inductor) -> None:
         self.compiler, self.graphs = compiler, 0  # compiled so far
-        self._open = self._told = False
+        self.told = False  # whether the log has heard of something that is not compiled
+        self._open = False
         self._norm, self._turn = self._compile(_norm), self._compile(turned)
         self._gate, self._weigh = self._compile(_gate), self._compile(weighed)
 
@@ -110,8 +116,8 @@ class Compiled:
         return made
 
     def _tell(self, why: Exception | str) -> None:
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             fields = {"why": f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why}
             log.warning("operators that could be compiled run one by one", extra={"fields": fields})
 

@@ -1,5 +1,7 @@
-"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's; recorded
-steps of an engine say what eager ones and the CPU do, in the memory that was set aside."""
+"""On a CUDA device: a job's rehearsed peak is the allocator's, its limit holds, and its losses are the CPU's; compiled
+and recorded steps of an engine say what eager ones and the CPU do, in the memory that was set aside."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,9 +9,12 @@ import torch
 from satchel.core.job import TuneJob
 from satchel.core.request import Request
 from satchel.core.serve import ServeJob
+from satchel.core.serve_seams import Draft
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
+from satchel.model.forward import Part
 from satchel.run.capacity import recordings_bytes
+from satchel.run.compiled import Compiled
 from satchel.run.engine import Engine
 from satchel.run.governor import Governor
 from satchel.run.graphs import Eager, runner
@@ -17,6 +22,7 @@ from satchel.run.rehearse import rehearse
 from satchel.run.scheduler import Limits
 from satchel.run.step import train_step
 from satchel.run.warm import MINIATURE, real
+from tests.tolerances import same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MEMO, LEMO = {"activations": "memo:alpha=0.5"}, {"activations": "lemo"}
@@ -105,6 +111,19 @@ def test_recorded_steps_say_what_eager_ones_and_the_cpu_say(decoding: str, limit
     stats = recorded.stats()
     assert stats["replayed"] > stats["steps"] / 2
     assert stats["preemptions"] > 0 or not limits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_operators_say_what_eager_ones_do_and_none_is_compiled_in_a_step(dtype: torch.dtype) -> None:
+    ours, theirs = serving("cuda", partial(Eager, compiled=Compiled()), dtype), serving("cuda", Eager, dtype)
+    compiled = ours.runner.compiled
+    assert compiled is not None and not compiled.told
+    graphs = compiled.graphs
+    for tokens in (1, 2, 5, 64, 100, 300):
+        parts = [Part([5 + tokens] * tokens, Draft((1, 2, 3), (-1, -1, 0)), list(range(30)), 0, 0)]
+        assert same(ours.runner.hidden(parts)[: tokens + 3], theirs.runner.hidden(parts)[: tokens + 3])
+    assert said(ours) == said(theirs) or dtype != torch.float32
+    assert 0 < graphs == compiled.graphs and not compiled.told
 
 
 def test_a_recorded_step_gives_the_same_bits_each_time() -> None:
