@@ -9,7 +9,7 @@ experts and feed-forwards that are left out find operators that are compiled bes
 
 Nothing is compiled later, in the midst of requests. What cannot be compiled, for want of Triton or of sizes like it at
 the start, runs operator by operator, and the log says so once. Results differ from those in the last bits: what torch
-rounds between two operators stays in float32 here. It takes no more memory than is rehearsed without it.
+rounds between two operators stays in float32 here. A softmax takes less memory than is rehearsed, which is without it.
 
 No GPU has run this yet; tests/run/test_gpu.py is what the first one should be given.
 """
