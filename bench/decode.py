@@ -51,7 +51,7 @@ from bench._harness import add_work, interleave, median, once, told, workplace, 
 from satchel.model.source import demo_path, find_source
 from satchel.native import draw, layout, paged, pointwise, stack
 from satchel.native.build import build
-from satchel.native.levels import LEVELS, supported
+from satchel.native.levels import supported
 
 PATIENCE_S = 900
 DEMO, TOY, LIMITS = "SmolLM2-135M", "toy", "limits"
@@ -100,8 +100,8 @@ TRANSFORMERS = Side("transformers, bf16", "_decode_run", (("engine", "transforme
 OTHERS = [Side("OpenVINO GenAI", "_decode_openvino", (), "openvino"), TRANSFORMERS]
 OTHERS += [ours("satchel, bf16", "auto", bits=16), ours("satchel, bf16 in torch", "none", bits=16)]
 OTHERS += [ours("satchel, int8", "int8", bits=8), ours("satchel, int4", "int4", bits=4.5)]
-FORCED = [ours(f"satchel, {level}", f"stored:level={level}") for level in LEVELS]
-SLOW = FORCED[LEVELS.index("avx2") :]
+FORCED = {level: ours(f"satchel, {level}", f"stored:level={level}") for level in supported()}
+SLOW = [FORCED[level] for level in ("avx2", "portable") if level in FORCED]
 PEERS = {"llama": "llama_cpp", "openvino": "openvino_genai"}  # what each home has to hold
 
 
@@ -177,7 +177,7 @@ class Bench:
 
 def cases(asked: argparse.Namespace) -> list[Case]:
     """What is measured; peers that are not there are left out."""
-    missing, smollm = set(absent(asked)), [OURS, *LLAMA, *OTHERS, *FORCED]
+    missing, smollm = set(absent(asked)), [OURS, *LLAMA, *OTHERS, *FORCED.values()]
     large = {name: [OURS, *LLAMA] for name in SHAPES if name != TOY}
     sides_of = {TOY: smollm} if asked.quick else {DEMO: smollm} | large
     every = [Case(model, side) for model, sides in sides_of.items() for side in sides if side.home not in missing]
@@ -203,7 +203,7 @@ def absent(asked: argparse.Namespace) -> Iterator[str]:
 
 def compiled() -> None:
     """Our kernels are in the cache before anything is measured: they are compiled once a machine, in a minute."""
-    for level in LEVELS:
+    for level in supported():
         stack.kernel(level)
     for library in (layout.library, paged.library, pointwise.library, draw.library):
         library()

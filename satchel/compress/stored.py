@@ -19,7 +19,7 @@ from satchel.core.seams import Card, WeightFormat
 from satchel.model.layout import tiles_of, tiles_of_numbers, tiles_q8
 from satchel.model.packed import require_groups
 from satchel.model.tiles import TiledEmbedding, TiledLinear, exact
-from satchel.native.levels import LEVELS
+from satchel.native.levels import supported
 from satchel.native.linear import FILES, GROUP
 
 # O outputs, I inputs, B bytes of a row
@@ -41,7 +41,10 @@ class Stored(WeightFormat):
     level: str = "auto"  # instructions to use: auto, amx, avx512, avx2 or portable
 
     def __post_init__(self) -> None:
-        self.require(self.level in ("auto", *LEVELS), f"level={self.level!r} is none of auto, {', '.join(LEVELS)}")
+        levels = ", ".join(("auto", *supported()))
+        self.require(
+            self.level in levels.split(", "), f"level={self.level!r} is none that this processor has: {levels}"
+        )
 
     def pack(self, weight_OI: Tensor) -> nn.Module:
         """A `TiledLinear` of the numbers in 16 bits, or in Q8_0. Raises ModelError if 32 do not fill a row."""
