@@ -19,26 +19,73 @@ namespace {
 
 constexpr int32_t kNibbles = 0x0F0F0F0F;
 
-// Products of R rows of codes with 32 inputs of 4 bits: low nibbles are inputs 0-15, high ones 16-31.
-template <int R>
-[[gnu::always_inline]] inline void add_nibbles(const uint8_t* nibbles, const Input& x, int row, int block, Ints* dots) {
-  for (int j = 0; j < 4; ++j) {
-    const Ints w = words(nibbles + 64 * j), low = w & kNibbles, high = (w >> 4) & kNibbles;
+// Products of R rows of codes with 4 N inputs in low nibbles, from `first` of a row's codes on, and as many in high ones,
+// from `second` on.
+#if defined(SATCHEL_HALVES)
+template <int R, int N>
+[[gnu::always_inline]] inline void add_nibbles(const uint8_t* nibbles, const int8_t* first, const int8_t* second,
+                                               int64_t apart, Ints* low, Ints* high) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int half = 0; half < 2; ++half) {
+    __m256i lows[R] = {}, highs[R] = {};  // sums of 16 bits: 8 pairs of 15 * 128 twice are 30,720
+    for (int j = 0; j < N; ++j) {
+      const __m256i w = half_words(nibbles + 64 * j, half);
+      const __m256i w0 = _mm256_and_si256(w, mask), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = r * apart + 4 * j;
+        lows[r] = _mm256_add_epi16(lows[r], _mm256_maddubs_epi16(w0, four_codes(first + at)));
+        highs[r] = _mm256_add_epi16(highs[r], _mm256_maddubs_epi16(w1, four_codes(second + at)));
+      }
+    }
+    for (int r = 0; r < R; ++r) add_pairs(lows[r], low[r], half), add_pairs(highs[r], high[r], half);
+  }
+}
+#else
+template <int R, int N>
+[[gnu::always_inline]] inline void add_nibbles(const uint8_t* nibbles, const int8_t* first, const int8_t* second,
+                                               int64_t apart, Ints* low, Ints* high) {
+  for (int j = 0; j < N; ++j) {
+    const Ints w = words(nibbles + 64 * j), w0 = w & kNibbles, w1 = (w >> 4) & kNibbles;
     for (int r = 0; r < R; ++r) {
-      const int8_t* codes = x.code(row + r, block);
-      dots[r] = dot_small(dots[r], low, codes + 4 * j);
-      dots[r] = dot_small(dots[r], high, codes + 16 + 4 * j);
+      const int64_t at = r * apart + 4 * j;
+      low[r] = dot_small(low[r], w0, first + at);
+      high[r] = dot_small(high[r], w1, second + at);
     }
   }
+}
+#endif
+
+// Of a block of 32 inputs: low nibbles are inputs 0-15, high ones 16-31.
+template <int R>
+[[gnu::always_inline]] inline void add_nibbles(const uint8_t* nibbles, const Input& x, int row, int block, Ints* dots) {
+  const int8_t* codes = x.code(row, block);
+  add_nibbles<R, 4>(nibbles, codes, codes + 16, x.inputs, dots, dots);
 }
 
 // The same for 32 inputs of 8 bits, kExcess included.
 template <int R>
 [[gnu::always_inline]] inline void add_bytes(const uint8_t* bytes, const Input& x, int row, int block, Ints* dots) {
+  const int8_t* codes = x.code(row, block);
+#if defined(SATCHEL_HALVES)
+  __m256i sums[R][2] = {};
+  for (int j = 0; j < 8; ++j) {
+    const __m256i w[] = {half_words(bytes + 64 * j, 0), half_words(bytes + 64 * j, 1)};
+    for (int r = 0; r < R; ++r) {
+      const __m256i four = four_codes(codes + int64_t{r} * x.inputs + 4 * j);
+      for (int half = 0; half < 2; ++half) {  // |w| * (x with the sign of w): 128 * 127 * 2 fits 16 bits
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[half]), _mm256_sign_epi8(four, w[half]));
+        sums[r][half] = _mm256_add_epi32(sums[r][half], of_pairs(pairs));
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int half = 0; half < 2; ++half) half_of(dots[r], half) = _mm256_add_epi32(half_of(dots[r], half), sums[r][half]);
+#else
   for (int j = 0; j < 8; ++j) {
     const Ints w = words(bytes + 64 * j);
-    for (int r = 0; r < R; ++r) dots[r] = dot_signed(dots[r], w, x.code(row + r, block) + 4 * j);
+    for (int r = 0; r < R; ++r) dots[r] = dot_signed(dots[r], w, codes + int64_t{r} * x.inputs + 4 * j);
   }
+#endif
 }
 
 // The numbers of 32 inputs of 4 bits, from input `first` on: scale * q + offset.
@@ -153,13 +200,8 @@ struct Q4_K {
     const Scales scales(tile);
     for (int i = 0; i < 8; i += 2) {
       Ints low[R] = {}, high[R] = {};
-      for (int j = 0; j < 8; ++j) {
-        const Ints w = words(nibbles(tile, i, j)), w0 = w & kNibbles, w1 = (w >> 4) & kNibbles;
-        for (int r = 0; r < R; ++r) {
-          low[r] = dot_small(low[r], w0, x.code(row + r, block + i) + 4 * j);
-          high[r] = dot_small(high[r], w1, x.code(row + r, block + i + 1) + 4 * j);
-        }
-      }
+      const int8_t* codes = x.code(row, block + i);
+      add_nibbles<R, 8>(nibbles(tile, i, 0), codes, codes + kBlock, x.inputs, low, high);
       add<R>(low, scales.scale_of(i), scales.offset_of(i), x, row, block + i, sum);
       add<R>(high, scales.scale_of(i + 1), scales.offset_of(i + 1), x, row, block + i + 1, sum);
     }
@@ -208,6 +250,26 @@ struct BF16 {
             reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair(x, row + r, block, i)))));
     }
     for (int r = 0; r < R; ++r) sum[r] += part[r];
+  }
+#elif defined(SATCHEL_HALVES)
+  // As below.
+  template <int R>
+  void few(const uint8_t* tile, const Input& x, int row, int block, Vector* sum) const {
+    for (int half = 0; half < 2; ++half) {
+      __m256 evens[R] = {}, odds[R] = {};
+      for (int i = 0; i < kBlock / 2; ++i) {
+        const __m256i w = half_words(tile + 64 * i, half);
+        for (int r = 0; r < R; ++r) {
+          const __m256i two = _mm256_set1_epi32(pair(x, row + r, block, i));
+          evens[r] = _mm256_fmadd_ps(first_of(w), first_of(two), evens[r]);
+          odds[r] = _mm256_fmadd_ps(second_of(w), second_of(two), odds[r]);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        auto& to = reinterpret_cast<__m256*>(sum + r)[half];
+        to = _mm256_add_ps(to, _mm256_add_ps(evens[r], odds[r]));
+      }
+    }
   }
 #else
   // Sums in the order of AMX, and products of bfloat16 are exact in float32: so both ways give the same bits.

@@ -18,6 +18,9 @@ namespace {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define SATCHEL_BF16 1
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define SATCHEL_HALVES 1
+#endif
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
 #define SATCHEL_AMX 1
 #endif
@@ -66,6 +69,37 @@ inline Vector bfloats(const uint8_t* from) {
 inline Vector even(Ints pairs) { return as_floats(pairs << 16); }
 inline Vector odd(Ints pairs) { return as_floats(pairs & static_cast<int32_t>(0xFFFF0000)); }
 
+#if defined(SATCHEL_VNNI)
+constexpr int kExcess = 128;
+#else
+constexpr int kExcess = 0;
+#endif
+
+#if defined(SATCHEL_HALVES)
+// 8 of 16 rows: GCC keeps no vector of 64 bytes in two registers of 32, and would pass each through memory.
+inline __m256i half_words(const uint8_t* from, int half) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + half);
+}
+inline __m256i& half_of(Ints& x, int half) { return reinterpret_cast<__m256i*>(&x)[half]; }
+
+inline __m256i four_codes(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+// Of pairs of bfloat16 the first ones, and the second ones.
+inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline __m256 second_of(__m256i pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
+}
+
+inline __m256i of_pairs(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+inline void add_pairs(__m256i x, Ints& sum, int half) {
+  half_of(sum, half) = _mm256_add_epi32(half_of(sum, half), of_pairs(x));
+}
+#else
+
 // sum[o] += w[o][k] * x[k] over k < 4; the bytes of w are below 128.
 inline Ints dot_small(Ints sum, Ints w, const int8_t* x) {
   int32_t four;
@@ -73,13 +107,6 @@ inline Ints dot_small(Ints sum, Ints w, const int8_t* x) {
 #if defined(SATCHEL_VNNI)
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
                                                     _mm512_set1_epi32(four)));
-#elif defined(__AVX2__)
-  const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-  __m256i halves[2];
-  std::memcpy(halves, &w, sizeof w);
-  for (auto& half : halves) half = _mm256_madd_epi16(_mm256_maddubs_epi16(half, inputs), ones);
-  std::memcpy(&w, halves, sizeof w);
-  return sum + w;
 #else
   for (int k = 0; k < 4; ++k) sum += ((w >> 8 * k) & 255) * x[k];
   return sum;
@@ -87,12 +114,6 @@ inline Ints dot_small(Ints sum, Ints w, const int8_t* x) {
 }
 
 // The same for bytes from -128 to 127, plus kExcess times the sum of x, which the caller takes off beforehand.
-#if defined(SATCHEL_VNNI)
-constexpr int kExcess = 128;
-#else
-constexpr int kExcess = 0;
-#endif
-
 inline Ints dot_signed(Ints sum, Ints w, const int8_t* x) {
 #if defined(SATCHEL_VNNI)
   int32_t four;
@@ -100,23 +121,12 @@ inline Ints dot_signed(Ints sum, Ints w, const int8_t* x) {
   const Ints raised = w ^ static_cast<int32_t>(0x80808080);
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(raised),
                                                     _mm512_set1_epi32(four)));
-#elif defined(__AVX2__)
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  const __m256i inputs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-  __m256i halves[2];
-  std::memcpy(halves, &w, sizeof w);
-  for (auto& half : halves) {  // |w| * (x with the sign of w): 128 * 127 * 2 fits 16 bits
-    const __m256i product = _mm256_maddubs_epi16(_mm256_abs_epi8(half), _mm256_sign_epi8(inputs, half));
-    half = _mm256_madd_epi16(product, ones);
-  }
-  std::memcpy(&w, halves, sizeof w);
-  return sum + w;
 #else
   for (int k = 0; k < 4; ++k) sum += ((w << (24 - 8 * k)) >> 24) * x[k];
   return sum;
 #endif
 }
+#endif
 
 inline float largest_or_nan(Vector x) {  // NaN if one is
 #if defined(__AVX512F__)

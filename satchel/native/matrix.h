@@ -10,6 +10,8 @@ enum Kind : int32_t { kQ4_0, kQ4_1, kQ8_0, kQ4_K, kBF16, kInt8, kInt4, kInt4Low 
 
 #if defined(__AVX512F__)
 constexpr int kTogether = 8;  // rows of inputs that share one reading of the weights: as the registers allow
+#elif defined(SATCHEL_HALVES)
+constexpr int kTogether = 4;
 #else
 constexpr int kTogether = 2;
 #endif
@@ -86,9 +88,11 @@ struct Column {
     switch (count) {
       case 1: return few_rows<1>(format, tile, x, row, out);
       case 2: return few_rows<2>(format, tile, x, row, out);
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(SATCHEL_HALVES)
       case 3: return few_rows<3>(format, tile, x, row, out);
       case 4: return few_rows<4>(format, tile, x, row, out);
+#endif
+#if defined(__AVX512F__)
       case 5: return few_rows<5>(format, tile, x, row, out);
       case 6: return few_rows<6>(format, tile, x, row, out);
       case 7: return few_rows<7>(format, tile, x, row, out);
