@@ -38,7 +38,7 @@ class Stored(WeightFormat):
     )
     keeps = True
 
-    level: str = "auto"  # instructions to use: auto, amx, avx512, avx2 or portable
+    level: str = "auto"  # instructions to use: auto, amx, avx512, avxvnni, avx2 or portable
 
     def __post_init__(self) -> None:
         levels = ", ".join(("auto", *supported()))

@@ -27,17 +27,20 @@ template <int R, int N>
                                                int64_t apart, Ints* low, Ints* high) {
   const __m256i mask = _mm256_set1_epi8(15);
   for (int half = 0; half < 2; ++half) {
-    __m256i lows[R] = {}, highs[R] = {};  // sums of 16 bits: 8 pairs of 15 * 128 twice are 30,720
+    __m256i lows[R] = {}, highs[R] = {};
     for (int j = 0; j < N; ++j) {
       const __m256i w = half_words(nibbles + 64 * j, half);
       const __m256i w0 = _mm256_and_si256(w, mask), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
       for (int r = 0; r < R; ++r) {
         const int64_t at = r * apart + 4 * j;
-        lows[r] = _mm256_add_epi16(lows[r], _mm256_maddubs_epi16(w0, four_codes(first + at)));
-        highs[r] = _mm256_add_epi16(highs[r], _mm256_maddubs_epi16(w1, four_codes(second + at)));
+        lows[r] = dot_nibbles(lows[r], w0, four_codes(first + at));
+        highs[r] = dot_nibbles(highs[r], w1, four_codes(second + at));
       }
     }
-    for (int r = 0; r < R; ++r) add_pairs(lows[r], low[r], half), add_pairs(highs[r], high[r], half);
+    for (int r = 0; r < R; ++r) {
+      add_half(finished(lows[r]), low[r], half);
+      add_half(finished(highs[r]), high[r], half);
+    }
   }
 }
 #else
@@ -72,14 +75,11 @@ template <int R>
     const __m256i w[] = {half_words(bytes + 64 * j, 0), half_words(bytes + 64 * j, 1)};
     for (int r = 0; r < R; ++r) {
       const __m256i four = four_codes(codes + int64_t{r} * x.inputs + 4 * j);
-      for (int half = 0; half < 2; ++half) {  // |w| * (x with the sign of w): 128 * 127 * 2 fits 16 bits
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w[half]), _mm256_sign_epi8(four, w[half]));
-        sums[r][half] = _mm256_add_epi32(sums[r][half], of_pairs(pairs));
-      }
+      for (int half = 0; half < 2; ++half) sums[r][half] = dot_bytes(sums[r][half], w[half], four);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int half = 0; half < 2; ++half) half_of(dots[r], half) = _mm256_add_epi32(half_of(dots[r], half), sums[r][half]);
+    for (int half = 0; half < 2; ++half) add_half(sums[r][half], dots[r], half);
 #else
   for (int j = 0; j < 8; ++j) {
     const Ints w = words(bytes + 64 * j);
@@ -112,6 +112,35 @@ inline void each_byte(const uint8_t* bytes, Vector scale, int first, Emit emit) 
   }
 }
 
+// sum += scale * factor * dots, sum += factor * dots, sum += x * factor.
+#if defined(SATCHEL_HALVES)
+inline __m256 half_floats(const Vector& x, int half) {
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(&x) + 8 * half);
+}
+inline void add_half(__m256 x, __m256 y, Vector& sum, int half) {
+  auto* to = reinterpret_cast<float*>(&sum) + 8 * half;
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(x, y, _mm256_loadu_ps(to)));
+}
+
+inline void add_scaled(Vector& sum, const Vector& scale, float factor, Ints& dots) {
+  for (int half = 0; half < 2; ++half) {
+    const __m256 by = _mm256_mul_ps(half_floats(scale, half), _mm256_set1_ps(factor));
+    add_half(by, _mm256_cvtepi32_ps(half_of(dots, half)), sum, half);
+  }
+}
+inline void add_scaled(Vector& sum, float factor, Ints& dots) {
+  for (int half = 0; half < 2; ++half)
+    add_half(_mm256_set1_ps(factor), _mm256_cvtepi32_ps(half_of(dots, half)), sum, half);
+}
+inline void add_product(Vector& sum, const Vector& x, float factor) {
+  for (int half = 0; half < 2; ++half) add_half(half_floats(x, half), _mm256_set1_ps(factor), sum, half);
+}
+#else
+inline void add_scaled(Vector& sum, Vector scale, float factor, Ints dots) { sum += scale * factor * floats(dots); }
+inline void add_scaled(Vector& sum, float factor, Ints dots) { sum += factor * floats(dots); }
+inline void add_product(Vector& sum, Vector x, float factor) { sum += x * factor; }
+#endif
+
 struct Q4_0 {
   static constexpr int inputs() { return 32; }
   static constexpr int bytes() { return 18 * kRows; }
@@ -122,7 +151,7 @@ struct Q4_0 {
     for (int r = 0; r < R; ++r) dots[r] = Ints{} + x.lift[x.at(row + r, block)];
     add_nibbles<R>(tile + 2 * kRows, x, row, block, dots);
     const Vector scale = halves(tile);
-    for (int r = 0; r < R; ++r) sum[r] += scale * x.scale[x.at(row + r, block)] * floats(dots[r]);
+    for (int r = 0; r < R; ++r) add_scaled(sum[r], scale, x.scale[x.at(row + r, block)], dots[r]);
   }
 
   template <typename Emit>
@@ -142,8 +171,8 @@ struct Q4_1 {
     const Vector scale = halves(tile), offset = halves(tile + 2 * kRows);
     for (int r = 0; r < R; ++r) {
       const int64_t at = x.at(row + r, block);
-      sum[r] += scale * x.scale[at] * floats(dots[r]);
-      sum[r] += offset * x.total[at];
+      add_scaled(sum[r], scale, x.scale[at], dots[r]);
+      add_product(sum[r], offset, x.total[at]);
     }
   }
 
@@ -163,7 +192,7 @@ struct Q8_0 {
     for (int r = 0; r < R; ++r) dots[r] = Ints{} + kExcess / 8 * x.lift[x.at(row + r, block)];
     add_bytes<R>(tile + 2 * kRows, x, row, block, dots);
     const Vector scale = halves(tile);
-    for (int r = 0; r < R; ++r) sum[r] += scale * x.scale[x.at(row + r, block)] * floats(dots[r]);
+    for (int r = 0; r < R; ++r) add_scaled(sum[r], scale, x.scale[x.at(row + r, block)], dots[r]);
   }
 
   template <typename Emit>
@@ -222,11 +251,11 @@ struct Q4_K {
   }
 
   template <int R>
-  static void add(const Ints* dots, Vector scale, Vector offset, const Input& x, int row, int block, Vector* sum) {
+  static void add(Ints* dots, Vector scale, Vector offset, const Input& x, int row, int block, Vector* sum) {
     for (int r = 0; r < R; ++r) {
       const int64_t at = x.at(row + r, block);
-      sum[r] += scale * x.scale[at] * floats(dots[r]);
-      sum[r] -= offset * x.total[at];
+      add_scaled(sum[r], scale, x.scale[at], dots[r]);
+      add_product(sum[r], offset, -x.total[at]);
     }
   }
 
@@ -265,10 +294,7 @@ struct BF16 {
           odds[r] = _mm256_fmadd_ps(second_of(w), second_of(two), odds[r]);
         }
       }
-      for (int r = 0; r < R; ++r) {
-        auto& to = reinterpret_cast<__m256*>(sum + r)[half];
-        to = _mm256_add_ps(to, _mm256_add_ps(evens[r], odds[r]));
-      }
+      for (int r = 0; r < R; ++r) add_half(_mm256_add_ps(evens[r], odds[r]), _mm256_set1_ps(1), sum[r], half);
     }
   }
 #else
@@ -314,7 +340,7 @@ struct Int8 {
       Ints dots[R];
       for (int r = 0; r < R; ++r) dots[r] = Ints{} + kExcess / 8 * x.lift[x.at(row + r, block + i)];
       add_bytes<R>(codes(tile, i), x, row, block + i, dots);
-      for (int r = 0; r < R; ++r) part[r] += x.scale[x.at(row + r, block + i)] * floats(dots[r]);
+      for (int r = 0; r < R; ++r) add_scaled(part[r], x.scale[x.at(row + r, block + i)], dots[r]);
     }
     const Vector scale = bfloats(tile);
     for (int r = 0; r < R; ++r) sum[r] += scale * part[r];
@@ -346,7 +372,7 @@ struct Int4 {
       add_nibbles<R>(codes(tile, i), x, row, block + i, dots);
       for (int r = 0; r < R; ++r) {
         const int64_t at = x.at(row + r, block + i);
-        part[r] += x.scale[at] * floats(dots[r]);
+        add_scaled(part[r], x.scale[at], dots[r]);
         if (Low) inputs[r] += x.total[at];
       }
     }

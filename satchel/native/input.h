@@ -69,7 +69,7 @@ inline Vector bfloats(const uint8_t* from) {
 inline Vector even(Ints pairs) { return as_floats(pairs << 16); }
 inline Vector odd(Ints pairs) { return as_floats(pairs & static_cast<int32_t>(0xFFFF0000)); }
 
-#if defined(SATCHEL_VNNI)
+#if defined(SATCHEL_VNNI) || (defined(SATCHEL_HALVES) && defined(__AVXVNNI__))
 constexpr int kExcess = 128;
 #else
 constexpr int kExcess = 0;
@@ -94,10 +94,29 @@ inline __m256 second_of(__m256i pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000))));
 }
 
-inline __m256i of_pairs(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
-inline void add_pairs(__m256i x, Ints& sum, int half) {
-  half_of(sum, half) = _mm256_add_epi32(half_of(sum, half), of_pairs(x));
+#if defined(__AVXVNNI__)
+// sum[o] += w[o][k] * x[k] over k < 4; the bytes of w are below 16. In `finished` a sum of 8 such products at most.
+inline __m256i dot_nibbles(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+inline __m256i finished(__m256i sum) { return sum; }
+
+// The same for bytes from -128 to 127, plus kExcess times the sum of x, which the caller takes off beforehand.
+inline __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(sum, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x);
 }
+#else
+// In 16 bits: 8 pairs of 15 * 128 twice are 30,720.
+inline __m256i dot_nibbles(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+}
+inline __m256i finished(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+
+// |w| * (x with the sign of w): 128 * 127 * 2 fits 16 bits.
+inline __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_add_epi32(sum, finished(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
+}
+#endif
+
+inline void add_half(__m256i x, Ints& sum, int half) { half_of(sum, half) = _mm256_add_epi32(half_of(sum, half), x); }
 #else
 
 // sum[o] += w[o][k] * x[k] over k < 4; the bytes of w are below 128.

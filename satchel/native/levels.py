@@ -1,9 +1,10 @@
 """Which instructions a kernel may use: the levels, and which of them this processor has.
 
-amx        AVX-512, tiles of bfloat16 and 8 bits   Xeons since 2023
-avx512     AVX-512 with 8-bit dot products  Xeons since 2019, Zen 4 and 5
-avx2       256 bits                         nearly every x86 since 2015
-portable   what the compiler makes of it    everything else
+amx        AVX-512, tiles of bfloat16 and 8 bits    Xeons since 2023
+avx512     AVX-512 with 8-bit dot products          Xeons since 2019, Zen 4 and 5
+avxvnni    256 bits with 8-bit dot products         laptops since 2021
+avx2       256 bits                                 nearly every x86 since 2015
+portable   what the compiler makes of it            everything else
 """
 
 from functools import cache
@@ -13,10 +14,17 @@ from satchel.native.build import CPUINFO, SOUND
 _AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _TILES = ("avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
-NEEDS = {"amx": _AVX2 + _AVX512 + _TILES, "avx512": _AVX2 + _AVX512, "avx2": _AVX2, "portable": ()}
+NEEDS = {
+    "amx": _AVX2 + _AVX512 + _TILES,
+    "avx512": _AVX2 + _AVX512,
+    "avxvnni": (*_AVX2, "avx_vnni"),
+    "avx2": _AVX2,
+    "portable": (),
+}
 FLAGS = {
     "amx": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512": ("-march=x86-64-v4", "-mavx512vnni"),
+    "avxvnni": ("-march=x86-64-v3", "-mavxvnni"),
     "avx2": ("-march=x86-64-v3",),
     "portable": (),
 }
