@@ -69,18 +69,21 @@ def once(
     timeout_s: float = 900,
     number: int = 0,
     how: Mapping[str, Any] | None = None,
+    fresh: bool = True,
     **places: Any,
 ) -> dict[str, Any]:
     """The measurement that an earlier call has kept in `home`; else `measure` it, and keep it with its commit.
 
     Two measurements are the same if module, argument and number are. `places` are arguments that do not count, such as
-    folders; `how` is what else `measure` is told, a peer's Python. What failed is not kept. Processes that share a
-    folder do not get in each other's way.
+    folders; `how` is what else `measure` is told, a peer's Python. What failed is not kept. Without `fresh` nothing is
+    measured. Processes that share a folder do not get in each other's way.
     """
     key = {"module": module, "argument": argument, "number": number}
     kept = home / "runs" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]}.json"
     if kept.exists():
         return json.loads(kept.read_text())["result"]
+    if not fresh:
+        return {"error": "not measured"}
     result = {"commit": commit()} | measure(module, argument | places, timeout_s, **(how or {}))
     if "error" not in result:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehears
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
 rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
 a second process may help with --backwards: it begins at the list's end. With --resume it goes on from the results of an
-earlier one, timings left out: some 200 runs take hours, and need not be of one day or one machine.
+earlier one, timings left out: some 200 runs take hours, and need not be of one day or one machine. --report writes what
+there is.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class Bench:
     work: Path
     steps: int
     earlier: tuple[dict[str, Any], ...] = ()  # runs of a bench that this one goes on with
+    fresh: bool = True  # whether anything is measured that is not kept
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, job: Job, optimizer: str, lr: float, seed: int) -> dict[str, Any]:
@@ -146,7 +148,9 @@ class Bench:
         steps = self.length(job) if seed != SWEEP_SEED else max(self.length(job) // 4, 1)
         settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
         home = self.folder(job) / order(self.length(job), seed)
-        found = once(self.folder(job), "bench._tune_satchel", settings, PATIENCE_S, work=str(home))
+        found = once(self.folder(job), "bench._tune_satchel", settings, PATIENCE_S, fresh=self.fresh, work=str(home))
+        if not self.fresh and "error" in found:
+            return found
         return self.note(same | found)
 
     def time(self, job: Job, optimizer: str, lr: float, number: int) -> None:
@@ -314,6 +318,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--job", default="", help="jobs whose name holds this")
     parser.add_argument("--backwards", action="store_true", help="from the end of the list, beside another process")
     parser.add_argument("--resume", action="store_true", help="go on from the runs in bench/results/optimizer.json")
+    parser.add_argument("--report", action="store_true", help="measure nothing: write what --work and --resume hold")
     parser.add_argument("--quick", action="store_true", help="2 steps of tiny models, one seed: a test of the bench")
     add_work(parser)
     return parser.parse_args(given)
@@ -326,7 +331,8 @@ def main(given: list[str] | None = None) -> Path:
         asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
     seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
     with workplace(None if asked.quick else asked.work) as work:
-        bench = Bench(work, asked.steps, earlier_runs(asked.steps) if asked.resume else ())
+        earlier = earlier_runs(asked.steps) if asked.resume else ()
+        bench = Bench(work, asked.steps, earlier, not asked.report)
         for job in jobs:
             prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)
         try:
@@ -345,7 +351,7 @@ def train(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Names
             if (job, name) not in rates:
                 rates[job, name] = bench.best_rate(job, name, asked.sweep)
             bench.run(job, name, rates[job, name], seed)
-    for number, (job, name) in enumerate(interleave(rates, asked.timings)):
+    for number, (job, name) in enumerate(interleave(rates, asked.timings if bench.fresh else 0)):
         bench.time(job, name, rates[job, name], number // len(rates))
 
 

@@ -77,6 +77,14 @@ def test_a_bench_goes_on_from_the_runs_of_earlier_results(tmp_path, monkeypatch)
     assert [line["held_out"] for line in bench.runs] == [3.5, 9, 9]
 
 
+def test_a_report_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(_harness, "measure", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
+    first, second = optimizer.Bench(tmp_path, 60), optimizer.Bench(tmp_path, 60, fresh=False)
+    first.run(SMALL, "lion", 1e-3, 0)
+    found = [second.run(SMALL, "lion", 1e-3, seed).get("held_out") for seed in (0, 1)]
+    assert found == [9, None] and len(second.runs) == 1
+
+
 def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, monkeypatch):
     usual, tried = SMALL.rate("lion"), []
 
