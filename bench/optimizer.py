@@ -76,6 +76,7 @@ class Job:
         found = [knobs.get(entry.name, entry.name) for entry in book.entries() if entry.slot == "optimizer"]
         lean = [f"{knobs[name]},{LEAN}" for name in ("lisa", "owlore")]
         lean.append(f"galore:rank={self.rank // 2},gap=40,{LEAN},layerwise=true")
+        lean += [f"{knobs[name]},{LEAN},layerwise=true" for name in ("apollo", "frugal", "gradnormlorp")]
         return [*found, "lomo:form=ada", WIDER_LISA, *lean]
 
 
