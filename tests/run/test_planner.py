@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from satchel.core.errors import DoesNotFit
 from satchel.core.job import TuneJob
 from satchel.core.report import Report
 from satchel.core.units import format_bytes
-from satchel.run import device, planner
-from satchel.run.planner import SETTLED, plan
-from satchel.run.rung import GROWTH, Extent
+from satchel.run import device
+from satchel.run.planner import plan
+from satchel.run.rung import Extent
 
 PAGE = Path(__file__).parents[2] / "docs" / "PLAN.md"
 
@@ -78,31 +80,48 @@ def test_every_key_of_the_json_is_documented(refused):
     assert documented == shown.keys() | shown["rungs"][0].keys()
 
 
-@pytest.fixture
-def settled(monkeypatch):
-    """The jobs for which the process was made to grow."""
-    seen, real = [], planner.settle
-    monkeypatch.setattr(planner, "settle", lambda job, *rest: (seen.append(job), real(job, *rest)))
-    return seen
+NEAR = """
+import sys
+from satchel.core.job import TuneJob
+from satchel.run import planner
+from satchel.run.planner import SETTLED, plan
+from satchel.run.rung import GROWTH
+settled, settle = [], planner.settle  # the jobs for which the process was made to grow
+planner.settle = lambda job, *rest: (settled.append(job), settle(job, *rest))
+job = TuneJob(model=sys.argv[1], data="demo", device="cpu", context=64, batch=2, steps=10, memory="auto")
+"""
+
+FITS = """
+as_given = plan(job, look_for_smallest=False).chosen
+assert not settled
+made = plan(job.replace(memory=f"{as_given.peak_bytes + GROWTH // 2}B"), look_for_smallest=False)
+assert settled and made.chosen.peak_bytes <= made.budget_bytes
+assert plan(job.replace(memory=f"{as_given.peak_bytes + 2 * GROWTH}B"), look_for_smallest=False).chosen
+assert len(settled) == 1
+"""
+
+MISSES = """
+tight = job.replace(memory="1MiB", activations="full", format="int4", micro_batch=1)
+missing = lambda size: plan(tight.replace(memory=f"{plan(tight).smallest.peak_bytes - size}B"))
+missing(GROWTH // 2)  # whatever it says, this process has grown then
+made = missing(GROWTH // 2)
+assert made.chosen and made.chosen == made.smallest, made.smallest.peak_bytes - made.budget_bytes
+assert made.budget_bytes - GROWTH < made.chosen.peak_bytes <= made.budget_bytes
+assert missing(GROWTH - SETTLED // 2).chosen is None
+assert missing(GROWTH + 1).chosen is None
+"""
 
 
-def test_a_job_that_fits_by_less_than_a_process_may_grow_is_not_taken_on_a_guess(job, settled):
-    as_given = plan(job.replace(memory="auto"), look_for_smallest=False).chosen
-    assert not settled
-    made = plan(job.replace(memory=f"{as_given.peak_bytes + GROWTH // 2}B"), look_for_smallest=False)
-    assert settled and made.chosen.peak_bytes <= made.budget_bytes
-    assert plan(job.replace(memory=f"{as_given.peak_bytes + 2 * GROWTH}B"), look_for_smallest=False).chosen
-    assert len(settled) == 1
+def alone(script, job):
+    """In a process of its own, as a command is: one that ran other jobs before grows and shrinks as it likes."""
+    command = [sys.executable, "-c", NEAR + script, job.model]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_job_that_fits_by_less_than_a_process_may_grow_is_not_taken_on_a_guess(job):
+    alone(FITS, job)
 
 
 def test_a_job_that_misses_by_less_than_a_process_may_grow_is_priced_anew_once_it_has_grown(job):
-    def missing(size):
-        return plan(tight.replace(memory=f"{plan(tight).smallest.peak_bytes - size}B"))
-
-    tight = job.replace(activations="full", format="int4", micro_batch=1)
-    missing(GROWTH // 2)  # whatever it says, this process has grown then
-    made = missing(GROWTH // 2)
-    assert made.chosen == made.smallest
-    assert made.budget_bytes - GROWTH < made.chosen.peak_bytes <= made.budget_bytes
-    assert missing(GROWTH - SETTLED // 2).chosen is None
-    assert missing(GROWTH + 1).chosen is None
+    alone(MISSES, job)
