@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from satchel.core.errors import UserError
 from satchel.core.seams import Closure
 from satchel.optim._shared import Stepper, gradient
+
+Kind = TypeVar("Kind", bound=Stepper)
 
 
 class PlainClosure(Closure):
@@ -86,3 +88,10 @@ class FusedStepper(Stepper):
             if p.grad is not None:
                 take(number, group, p)
         return loss
+
+
+def within_backward(stepper: type[Kind]) -> type[Kind]:
+    """The same stepper, whose updates happen within the backward pass; one that is so already."""
+    if issubclass(stepper, FusedStepper):
+        return stepper
+    return cast("type[Kind]", type(f"Layerwise{stepper.__name__}", (FusedStepper, stepper), {}))

@@ -8,9 +8,7 @@ and mirrored, by columns, where O < I. The norm of s G grows by at most 1% a ste
 is above `rank` are treated so; embeddings, head, norms and biases take plain AdamW.
 
 State is 2 R max(O, I) moments and a number: Q is drawn again from its seed at every step, which is all that is kept of
-it. Needs no singular value decomposition. Spends one product with Q and two passes over the gradient a step. With
-`layerwise` each parameter is updated within the backward pass and its gradient freed at once: the same result, for a
-second backward pass where gradients are clipped (`_fused.py`).
+it. Needs no singular value decomposition. Spends one product with Q and two passes over the gradient a step.
 Paper: https://arxiv.org/abs/2412.05270
 """
 
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import Card
-from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import is_tall, lower, row_parts
@@ -51,7 +48,6 @@ class Apollo(LowRank):
     )
 
     scale: float = 1.0  # the root of this multiplies the step, above 0
-    layerwise: bool = False  # update within the backward pass, and free each gradient at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +60,7 @@ class Apollo(LowRank):
 
     def stepper(self) -> type[ApolloStepper]:
         """The torch optimizer of this method."""
-        return LayerwiseApolloStepper if self.layerwise else ApolloStepper
+        return ApolloStepper
 
     def stepper_knobs(self) -> dict[str, Any]:
         """What a stepper needs to know in every group."""
@@ -96,10 +92,6 @@ class ApolloStepper(ProjectedStepper):
         limit = GROWTH / growth.clamp_(min=GROWTH)
         state["norm"] = norm * limit
         return limit
-
-
-class LayerwiseApolloStepper(FusedStepper, ApolloStepper):
-    """APOLLO within the backward pass."""
 
 
 def random_basis(p: Tensor, rank: int, seed: int) -> Tensor:

@@ -6,9 +6,7 @@
 Every element moves at every step, so that updates have full rank; only the columns in C pay for state: 2 density O I
 moments, where AdamW keeps 2 O I. density=1 is AdamW, density=0 signSGD without state. `rule=sgd` takes rest * G instead
 of its sign. C is drawn again from its seed at every step, which is all that is kept of it. Matrices of blocks are
-treated so; embeddings, head, norms and biases take plain AdamW. Fine-tuning wants a `rest` near 0.1. With `layerwise`
-each parameter is updated within the backward pass and its gradient freed at once: the same result, for a second
-backward pass where gradients are clipped (`_fused.py`).
+treated so; embeddings, head, norms and biases take plain AdamW. Fine-tuning wants a `rest` near 0.1.
 
 The authors' code also chooses whole matrices or singular vectors; columns do as well in the paper, and leave each layer
 with the same bytes.
@@ -25,7 +23,6 @@ from torch import Tensor
 
 from satchel.core.seams import Card
 from satchel.optim._adam import AdamStepper
-from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import low_bits
 from satchel.optim._projected import Projected, ProjectedStepper, move_rows
 from satchel.optim._shared import gradient, store_name, zero_moments
@@ -51,7 +48,6 @@ class Frugal(Projected):
     gap: int = 200  # steps between two draws of the columns, 1 or more
     rest: float = 1.0  # factor on the learning rate of the other columns, [0, inf)
     rule: Literal["sign", "sgd"] = "sign"  # what moves the other columns
-    layerwise: bool = False  # update within the backward pass, and free each gradient at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +58,7 @@ class Frugal(Projected):
 
     def stepper(self) -> type[FrugalStepper]:
         """The torch optimizer of this method."""
-        return LayerwiseFrugalStepper if self.layerwise else FrugalStepper
+        return FrugalStepper
 
     def stepper_knobs(self) -> dict[str, Any]:
         """What a stepper needs to know in every group."""
@@ -97,10 +93,6 @@ class FrugalStepper(ProjectedStepper):
         since = {"step": (state["step"] - 1) % group["gap"] + 1}
         unbias1, unbias2 = self.unbias(since, group)
         return self.adam_of(low, p, state, group, group["eps"] * unbias2, group["lr"] * unbias2 / unbias1, seed)
-
-
-class LayerwiseFrugalStepper(FusedStepper, FrugalStepper):
-    """FRUGAL within the backward pass."""
 
 
 def draw_columns(width: int, count: int, seed: int, device: torch.device) -> Tensor:

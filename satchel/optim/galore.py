@@ -9,8 +9,6 @@ smaller side is above `rank` are projected; embeddings, head, norms and biases t
 State is 2 R max(O, I) moments and R min(O, I) for Q, where Adam takes 2 O I. It spends two products with Q a step and
 finding Q. `subspace=random` finds it by a randomized range finder with power iterations (Halko et al.), which
 catches the gradient's energy within 1% of the exact SVD in a fraction of its time. W holds the full rank throughout.
-With `layerwise` each parameter is updated within the backward pass and its gradient freed at once: the same result, for
-a second backward pass where gradients are clipped (`_fused.py`).
 Paper: https://arxiv.org/abs/2403.03507; range finder: https://arxiv.org/abs/0909.4061
 """
 
@@ -22,7 +20,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from satchel.core.seams import Card
-from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised
@@ -46,7 +43,6 @@ class GaLore(LowRank):
 
     scale: float = 0.25  # factor on the projected matrices' learning rate, above 0
     subspace: Literal["random", "exact"] = "random"  # randomized range finder, or SVD
-    layerwise: bool = False  # update within the backward pass, and free each gradient at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +55,7 @@ class GaLore(LowRank):
 
     def stepper(self) -> type[GaLoreStepper]:
         """The torch optimizer of this method."""
-        return LayerwiseStepper if self.layerwise else GaLoreStepper
+        return GaLoreStepper
 
     def stepper_knobs(self) -> dict[str, Any]:
         """What a stepper needs to know in every group."""
@@ -84,7 +80,3 @@ class GaLoreStepper(ProjectedStepper):
         unbias1, unbias2 = self.unbias(state, group)
         size = keep(group) * group["lr"] * group["scale"] * unbias2 / unbias1  # W is decayed after it has moved
         return self.adam_of(low, p, state, group, group["eps"], size, seed)
-
-
-class LayerwiseStepper(FusedStepper, GaLoreStepper):
-    """GaLore within the backward pass."""

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import Card
-from satchel.optim._fused import FusedStepper
 from satchel.optim._landing import keep
 from satchel.optim._projected import move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised, row_parts
@@ -52,7 +51,7 @@ class GradNormLoRP(GaLore):
 
     def stepper(self) -> type[GradNormStepper]:
         """The torch optimizer of this method."""
-        return LayerwiseGradNormStepper if self.layerwise else GradNormStepper
+        return GradNormStepper
 
 
 class GradNormStepper(GaLoreStepper):
@@ -86,10 +85,6 @@ class GradNormStepper(GaLoreStepper):
         held, betas = [state["magnitude_avg"], state["magnitude_avg_sq"]], (group["beta1"], group["beta2"])
         eps, size = group["eps"] * unbias2, group["lr"] * unbias2 / unbias1
         adam_(state["magnitude"], slope_O, held, "fp32", "nearest", *betas, eps, size, keep(group), seed)
-
-
-class LayerwiseGradNormStepper(FusedStepper, GradNormStepper):
-    """GradNormLoRP within the backward pass."""
 
 
 def rows_of(p: Tensor, state: dict[str, Any], part: slice) -> Tensor:

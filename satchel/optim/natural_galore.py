@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import Card
-from satchel.optim._fused import FusedStepper
 from satchel.optim._shared import few_barriers, slices
 from satchel.optim.galore import GaLore, GaLoreStepper
 
@@ -53,7 +52,7 @@ class NaturalGaLore(GaLore):
 
     def stepper(self) -> type[NaturalStepper]:
         """The torch optimizer of this method."""
-        return LayerwiseNaturalStepper if self.layerwise else NaturalStepper
+        return NaturalStepper
 
     def stepper_knobs(self) -> dict[str, Any]:
         """What a stepper needs to know in every group."""
@@ -73,10 +72,6 @@ class NaturalStepper(GaLoreStepper):
             natural.view(-1), low.reshape(-1), state["history"], since % max(group["history"], 1), group["damping"]
         )
         return super().low_step(natural, p, state, group, seed)
-
-
-class LayerwiseNaturalStepper(FusedStepper, NaturalStepper):
-    """Natural GaLore within the backward pass."""
 
 
 torch.library.define(

@@ -121,8 +121,8 @@ class OwLoreStepper(SampledStepper, GaLoreStepper):
         return [max(shares) - share for share in shares] if reverse else shares
 
 
-class LayerwiseOwLoreStepper(OwLoreStepper, FusedStepper):
-    """OwLore within the backward pass."""
+class LayerwiseOwLoreStepper(OwLoreStepper, FusedStepper, GaLoreStepper):
+    """OwLore within the backward pass. GaLore comes last: torch gives a class that was once built a `step` of its own."""
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from tests.run.toys import CharTokenizer, toy_decoder, toy_job
 from tests.tolerances import REHEARSED, TOLERANCE
 
 PLAIN, FUSED = (f"galore:rank=8,gap=3{more}" for more in ("", ",layerwise=true"))
-METHODS = (PLAIN, "apollo:rank=8,gap=3", "apollo_mini:gap=3", "frugal:gap=3", "gradnormlorp:rank=8,gap=3")
+METHODS = (PLAIN, "apollo:rank=8,gap=3", "apollo_mini:gap=3", "frugal:gap=3", "gradnormlorp:rank=8,gap=3", "muon")
+METHODS += ("natural_galore:rank=8,gap=3", "owlore:rank=8,period=2,mode=uniform")
 
 
 def trained(tmp_path, optimizer, **changes):
@@ -45,7 +46,7 @@ def trained(tmp_path, optimizer, **changes):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_weights_are_those_of_updates_after_the_backward_pass_bit_for_bit(tmp_path, method, micro_batch, dtype):
     changes = {"clip": 0.0, "micro_batch": micro_batch, "dtype": dtype}
-    ours, metrics = trained(tmp_path, f"{method},layerwise=true", **changes)
+    ours, metrics = trained(tmp_path, f"{method}{',' if ':' in method else ':'}layerwise=true", **changes)
     theirs, expected = trained(tmp_path, method, **changes)
     assert all(map(torch.equal, ours, theirs))
     assert [m["loss"] for m in metrics] == [m["loss"] for m in expected]
