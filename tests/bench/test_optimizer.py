@@ -83,6 +83,13 @@ def test_a_report_measures_nothing(tmp_path, monkeypatch):
     first.run(SMALL, "lion", 1e-3, 0)
     found = [second.run(SMALL, "lion", 1e-3, seed).get("held_out") for seed in (0, 1)]
     assert found == [9, None] and len(second.runs) == 1
+    monkeypatch.setattr(optimizer, "prepare", lambda *_: None)
+    monkeypatch.setattr(optimizer, "train", lambda bench, *_: asked.append(bench.fresh))
+    monkeypatch.setattr(optimizer, "report", lambda *_: tmp_path)
+    asked: list[bool] = []
+    for options in ((), ("--report",)):
+        optimizer.main(["--work", str(tmp_path), *options])
+    assert asked == [True, False]
 
 
 def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, monkeypatch):

@@ -1,6 +1,7 @@
 """All blocks as one operator give what the blocks give one by one."""
 
 import copy
+import dataclasses
 import math
 from pydoc_data.topics import topics
 
@@ -13,11 +14,13 @@ from satchel.compress.stored import Stored
 from satchel.core.book import make
 from satchel.core.request import Request, Sampling
 from satchel.model.bank import Bank, LowRank, Span
+from satchel.model.config import LayerKind
 from satchel.model.decoder import Decoder
 from satchel.model.forward import logits
 from satchel.model.linear import dense_OI, linears, swap
 from satchel.model.load import load
 from satchel.model.paged import Pool, Row, Stretch
+from satchel.model.rope import Rope
 from satchel.model.save import save
 from satchel.model.source import find_source, load_tokenizer
 from satchel.native import levels
@@ -38,12 +41,18 @@ FAMILIES = {
     "window": {"model_type": "mistral", "sliding_window": 21},
     "one head": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 48},
     "scaled embeddings": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "head_dim": 64},
+    "two rotations": {},
 }
+YARN = Rope(kind="yarn", factor=4.0, context=1024, original_context=256, attention_factor=1.5)
+LONG = Rope(kind="longrope", context=1024, original_context=128, short_factor=(1.0,) * 32, long_factor=(3.0,) * 32)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    return {name: blocky(tmp_path_factory.mktemp("m"), KINDS, **changes) for name, changes in FAMILIES.items()}
+    found = {name: blocky(tmp_path_factory.mktemp("m"), KINDS, **changes) for name, changes in FAMILIES.items()}
+    kinds = LayerKind(rope=YARN), LayerKind(window=21, rope=LONG), LayerKind(rope=None)
+    config = dataclasses.replace(found["two rotations"].config, pattern=kinds)
+    return found | {"two rotations": dataclasses.replace(found["two rotations"], config=config)}
 
 
 def loaded(source, dtype=torch.float32, level="auto") -> Decoder:
@@ -51,10 +60,12 @@ def loaded(source, dtype=torch.float32, level="auto") -> Decoder:
 
 
 @torch.inference_mode()
-def steps(model: Decoder, lengths: tuple[tuple[int, ...], ...], filler: int = 0) -> list[torch.Tensor]:
+def steps(
+    model: Decoder, lengths: tuple[tuple[int, ...], ...], filler: int = 0, context: int = 512
+) -> list[torch.Tensor]:
     """The states of some steps of several sequences, each of which gets `lengths[step][sequence]` tokens."""
     most = -(-sum(max(step) for step in lengths) // 16)
-    pool = Pool(model.config, most * len(lengths[0]), model.dtype, "cpu", 512)
+    pool = Pool(model.config, most * len(lengths[0]), model.dtype, "cpu", context)
     pool.data.fill_(torch.nan)
     rng, past, out = torch.Generator().manual_seed(0), [0] * len(lengths[0]), []
     for step in lengths:
@@ -99,6 +110,14 @@ def test_states_are_those_of_the_blocks(sources, family, dtype):
     ours = steps(model, lengths)
     assert model._blocks
     assert close(ours, one_by_one(model, lengths), EIGHT_BITS)
+
+
+def test_angles_are_those_of_the_longest_sequence_that_there_may_be(sources):
+    model, lengths = loaded(sources["two rotations"]), ((40, 3), (1, 1))
+    long, short = steps(model, lengths), steps(model, lengths, 0, 64)
+    assert model._blocks and not close(short, long, 2 * EIGHT_BITS)
+    assert close(short, one_by_one(model, lengths, 0, 64), EIGHT_BITS)
+    assert close(steps(model, lengths), long, EIGHT_BITS)
 
 
 @pytest.mark.parametrize("format", ["stored", "int8", "int8:group=64", "int4", "int4:group=32,symmetric=true"])
