@@ -225,11 +225,10 @@ def finite(loss: float | None) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def interval(values: list[float]) -> tuple[float, float]:
+def interval(values: list[float]) -> str:
     """Mean and half-width of its 95% interval; no width from one value."""
-    if len(values) == 1:
-        return values[0], 0.0
-    return mean(values), STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5
+    width = f" ± {STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{width}"
 
 
 def row(job: Job, optimizer: str, bench: Bench, seeds: list[int], rehearsed: Rehearsal) -> dict[str, Any]:
@@ -240,14 +239,13 @@ def row(job: Job, optimizer: str, bench: Bench, seeds: list[int], rehearsed: Reh
         return cells | {"lr": "not measured"}
     ours, theirs = ({line["seed"]: line["held_out"] for line in some} for some in (lines, base))
     ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
-    loss, ratio = interval(list(ours.values())), interval(ratios or [math.nan])
     peak, peaks = (median(line["tensor_bytes"] for line in some) for some in (lines, base or lines))
     train = next(phase for phase in rehearsed.phases if phase.name == "train")
     cpu = bench.seconds(job, optimizer)
     return cells | {
         "lr": f"{lines[0]['lr']:.2g}",
-        "held-out loss": f"{loss[0]:.4f} ± {loss[1]:.4f}",
-        "loss ratio": f"{ratio[0]:.4f} ± {ratio[1]:.4f}",
+        "held-out loss": interval(list(ours.values())),
+        "loss ratio": interval(ratios or [math.nan]),
         "seeds": len(lines),
         "peak, MiB": round(peak / MIB),
         "peak ratio": round(peak / peaks, 3),

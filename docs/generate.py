@@ -86,7 +86,7 @@ def summary() -> str:
 
 
 def _table(name: str, found: dict, rows: list[dict]) -> str:
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # what was not measured has fewer
     machine, commit = found.get("machine", "?"), str(found.get("commit", "?"))[:10]
     dirty = ", with local changes" if found.get("dirty") else ""
     lines = [

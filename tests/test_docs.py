@@ -1,5 +1,6 @@
 """What the documents say is so: generated parts are fresh, links and commands exist, examples are valid jobs."""
 
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,14 @@ def commands(text):
 
 
 COMMANDS = sorted(set().union(*map(commands, TEXT.values())))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_table_of_results_shows_all_that_its_rows_hold(path):
+    section = (ROOT / "docs" / "RESULTS.md").read_text().partition(f"\n## {path.stem}\n")[2].partition("\n## ")[0]
+    heads = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][:1]
+    rows = json.loads(path.read_text()).get("table", [])
+    assert {column for row in rows for column in row} == {column for head in heads for column in head}
 
 
 def test_generated_parts_are_fresh():

@@ -122,7 +122,7 @@ class OwLoreStepper(SampledStepper, GaLoreStepper):
 
 
 class LayerwiseOwLoreStepper(OwLoreStepper, FusedStepper, GaLoreStepper):
-    """OwLore within the backward pass. GaLore comes last: torch gives a class that was once built a `step` of its own."""
+    """OwLore within the backward pass. GaLore comes last: torch gives a class that was built once its own `step`."""
 
 
 @contextmanager

@@ -130,5 +130,7 @@ def test_a_failure_is_a_row_too():
 
 def test_the_interval_holds_the_mean_of_few_runs_19_times_in_20():
     rng = np.random.default_rng(0)
-    intervals = [optimizer.interval(list(rng.normal(5, 2, 3))) for _ in range(4000)]
+    said = [optimizer.interval(list(rng.normal(5, 2, 3))) for _ in range(4000)]
+    intervals = [map(float, each.split(" ± ")) for each in said]
     assert np.mean([abs(middle - 5) <= width for middle, width in intervals]) == pytest.approx(0.95, abs=0.02)
+    assert optimizer.interval([2.5]) == "2.5000"
