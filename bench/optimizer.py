@@ -75,8 +75,10 @@ class Job:
         knobs |= {"owlore": f"owlore:rank={self.rank},period=10", "frugal": "frugal:gap=40"}
         found = [knobs.get(entry.name, entry.name) for entry in book.entries() if entry.slot == "optimizer"]
         lean = [f"{knobs[name]},{LEAN}" for name in ("lisa", "owlore")]
-        lean.append(f"galore:rank={self.rank // 2},gap=40,{LEAN},layerwise=true")
-        lean += [f"{knobs[name]},{LEAN},layerwise=true" for name in ("apollo", "frugal", "gradnormlorp")]
+        half = [f"{name}:rank={self.rank // 2},gap=40" for name in ("galore", "apollo")]
+        half += ["frugal:density=0.125,gap=40", "apollo_mini:gap=40"]
+        fused = [*half, *(knobs[name] for name in ("apollo", "frugal", "gradnormlorp"))]
+        lean += [f"{spelling},{LEAN},layerwise=true" for spelling in fused]
         return [*found, "lomo:form=ada", WIDER_LISA, *lean]
 
 
