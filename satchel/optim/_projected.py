@@ -127,7 +127,7 @@ def move_rows(
 ) -> None:
     """p = keep * p + step, part by part of its rows; `step_of` gives the step of a part of them."""
     flat, low, width = p.detach().view(-1), state.get("low"), p.shape[1]
-    for number, part in enumerate(row_parts(p.shape)):
+    for number, part in enumerate(row_parts(p)):
         cut = slice(part.start * width, part.stop * width)
         bits = None if low is None else low[cut]
         move_(flat[cut], step_of(part).reshape(-1), bits, group["rounding"], keep(group), seed + number)

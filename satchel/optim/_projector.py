@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from satchel.optim._shared import SLICE_DEVICE
+
 # O outputs and I inputs of a matrix, R rank, K columns of the sketch
 
 IN_BLOCK = re.compile(r"(^|\.)\w*(attn|attention|mlp|feed_forward|ffn|experts)\w*\.")  # paths of matrices to project
 OVERSAMPLED = 16  # columns of the sketch beyond the rank
 POWERS = 3  # power iterations
-ROWS = 1 << 20  # elements of the full-rank update that are alive at once, or a sixteenth of the matrix if that is more
+PART = {"cpu": 1 << 18}  # elements of the full-rank update that are alive at once: 1 MiB in float32 stays in the caches
+PARTS = 16  # of a matrix at most: Python runs once for each
 
 
 def in_block(name: str, p: Tensor) -> bool:
@@ -24,10 +27,11 @@ def in_block(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and IN_BLOCK.search(name) is not None
 
 
-def row_parts(shape: torch.Size) -> Iterator[slice]:
-    """Cuts the rows of a matrix into parts of bounded size."""
-    rows = max(ROWS // shape[1], -(-shape[0] // 16))
-    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+def row_parts(a_OI: Tensor) -> Iterator[slice]:
+    """Cuts the rows of a matrix into parts of bounded size, at most PARTS."""
+    outputs, inputs = a_OI.shape
+    rows = max(PART.get(a_OI.device.type, SLICE_DEVICE) // inputs, -(-outputs // PARTS))
+    return (slice(start, min(start + rows, outputs)) for start in range(0, outputs, rows))
 
 
 def is_tall(p: Tensor) -> bool:

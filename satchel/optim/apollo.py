@@ -24,7 +24,7 @@ from satchel.core.seams import Card
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import is_tall, lower, row_parts
-from satchel.optim._shared import gradient
+from satchel.optim._shared import few_barriers, gradient
 
 # O outputs and I inputs of a matrix, R rank
 
@@ -70,6 +70,7 @@ class Apollo(LowRank):
 class ApolloStepper(ProjectedStepper):
     """State of a projected matrix beside Adam's on L: `basis_seed`, and `norm` [1], of the last scaled gradient."""
 
+    @few_barriers()
     def update_matrix(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> None:
         """One step on one matrix, in place."""
         if self.due(state, group):
@@ -87,7 +88,7 @@ class ApolloStepper(ProjectedStepper):
     def limit(g_OI: Tensor, factor: Tensor, state: dict[str, Any]) -> Tensor:
         """What keeps the norm of the scaled gradient from growing by more than a hundredth; remembers the norm."""
         zero = torch.zeros((), device=g_OI.device)
-        norm = sum((scaled(g_OI, factor, part).square_().sum() for part in row_parts(g_OI.shape)), zero).sqrt().view(1)
+        norm = sum((scaled(g_OI, factor, part).square_().sum() for part in row_parts(g_OI)), zero).sqrt().view(1)
         growth = norm / (state["norm"] + TINY) if "norm" in state else torch.ones_like(norm)
         limit = GROWTH / growth.clamp_(min=GROWTH)
         state["norm"] = norm * limit
@@ -110,4 +111,4 @@ def scaling(direction: Tensor, low: Tensor, granularity: str) -> Tensor:
 
 def scaled(g_OI: Tensor, factor: Tensor, part: slice) -> Tensor:
     """Rows of the gradient times their, or their columns', factors; float32."""
-    return g_OI[part] * (factor[part] if factor.shape[0] > 1 else factor)
+    return g_OI[part].to(torch.float32, copy=True).mul_(factor[part] if factor.shape[0] > 1 else factor)

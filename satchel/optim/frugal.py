@@ -25,7 +25,7 @@ from satchel.core.seams import Card
 from satchel.optim._adam import AdamStepper
 from satchel.optim._landing import low_bits
 from satchel.optim._projected import Projected, ProjectedStepper, move_rows
-from satchel.optim._shared import gradient, store_name, zero_moments
+from satchel.optim._shared import few_barriers, gradient, store_name, zero_moments
 
 # O outputs and I inputs of a matrix, C columns with state
 
@@ -69,6 +69,7 @@ class Frugal(Projected):
 class FrugalStepper(ProjectedStepper):
     """State of a matrix: `columns_seed`, and Adam's moments of the columns that it draws, [O, C] flat."""
 
+    @few_barriers()
     def update_matrix(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> None:
         """One step on one matrix, in place."""
         if group["density"] == 1:  # nothing to draw, and so no moments to begin anew

@@ -23,7 +23,7 @@ from satchel.core.seams import Card
 from satchel.optim._landing import keep
 from satchel.optim._projected import LowRank, ProjectedStepper, move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised
-from satchel.optim._shared import gradient
+from satchel.optim._shared import few_barriers, gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class GaLore(LowRank):
 class GaLoreStepper(ProjectedStepper):
     """State of a projected matrix beside Adam's on L: `basis`, Q [R, I], or its mirror image [O, R]."""
 
+    @few_barriers()
     def update_matrix(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> None:
         """One step on one matrix, in place."""
         tall = is_tall(p)

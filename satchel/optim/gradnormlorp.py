@@ -27,7 +27,7 @@ from satchel.core.seams import Card
 from satchel.optim._landing import keep
 from satchel.optim._projected import move_rows
 from satchel.optim._projector import find_basis, is_tall, lower, raised, row_parts
-from satchel.optim._shared import adam_, gradient, master
+from satchel.optim._shared import adam_, few_barriers, gradient, master
 from satchel.optim.galore import GaLore, GaLoreStepper
 
 # O rows and I columns of a matrix, P rows of a part of it
@@ -57,6 +57,7 @@ class GradNormLoRP(GaLore):
 class GradNormStepper(GaLoreStepper):
     """State of a projected matrix beside GaLore's: `magnitude` [O] in float32, and its two moments."""
 
+    @few_barriers()
     def update_matrix(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], seed: int) -> None:
         """One step on one matrix, in place."""
         if state["step"] == 1:
@@ -95,13 +96,13 @@ def rows_of(p: Tensor, state: dict[str, Any], part: slice) -> Tensor:
 
 def magnitudes(p: Tensor, state: dict[str, Any]) -> Tensor:
     """The norms of a matrix's rows, [O] in float32."""
-    return torch.cat([torch.linalg.vector_norm(rows_of(p, state, part), dim=1) for part in row_parts(p.shape)])
+    return torch.cat([torch.linalg.vector_norm(rows_of(p, state, part), dim=1) for part in row_parts(p)])
 
 
 def condition_(g_OI: Tensor, p: Tensor, state: dict[str, Any]) -> Tensor:
     """Make the gradient of a matrix that of its directions, in place; what is left is the magnitudes', [O]."""
     slopes = []
-    for part in row_parts(p.shape):
+    for part in row_parts(p):
         w_PI, g_PI = rows_of(p, state, part), g_OI[part].float()
         norm_P = torch.linalg.vector_norm(w_PI, dim=1).clamp_min_(TINY)
         slope_P = (w_PI * g_PI).sum(1).div_(norm_P)

@@ -146,10 +146,10 @@ def outlier_share(w_OI: Tensor, norm_I: Tensor, threshold: float) -> float:
     """The share of entries of |w| * norm that are above `threshold` times their mean."""
 
     def scores(part: slice) -> Tensor:
-        return w_OI[part].abs() * norm_I  # float32
+        return w_OI[part].to(torch.float32, copy=True).abs_().mul_(norm_I)
 
-    limit = threshold * sum(float(scores(part).sum()) for part in row_parts(w_OI.shape)) / w_OI.numel()
-    return sum(int((scores(part) > limit).sum()) for part in row_parts(w_OI.shape)) / w_OI.numel()
+    limit = threshold * sum(float(scores(part).sum()) for part in row_parts(w_OI)) / w_OI.numel()
+    return sum(int((scores(part) > limit).sum()) for part in row_parts(w_OI)) / w_OI.numel()
 
 
 def weight_norm(block: Named) -> float:
