@@ -93,7 +93,7 @@ class Tracker(TorchDispatchMode):
             self._see(tensor, nothing=func is aten._efficientzerotensor.default)
         if not func.is_view and func.namespace != "prim":
             self.segments[-1].work[work_of(func, args, kwargs, out, list(tensors.values()))] += 1
-        if scratch := _scratch(func, args):
+        if scratch := _scratch(func, args, out):
             self._count += 1
             self.segments[-1].events += [(self._count, scratch), (self._count, -scratch)]
         if func is aten.add.Tensor and _autograd_adds():
@@ -135,15 +135,26 @@ def _autograd_adds() -> bool:
     return frame is None or frame.f_code.co_name == ENGINE
 
 
-def _scratch(func: Any, args: tuple) -> int:
-    """Bytes that a 16-bit matrix product on a CPU takes for itself: each thread lays out its part of the second matrix
-    anew, unless that is transposed. No fake tensor shows them, since the library inside of torch allocates them."""
+def _scratch(func: Any, args: tuple, out: Any) -> int:
+    """Bytes that an operator on a CPU takes for itself: no fake tensor shows them, since the library inside of torch
+    allocates them."""
+    if torch.Tag.pointwise in func.tags:
+        return _widened(args, out)
     if func._overloadpacket not in (aten.mm, aten.addmm, aten.addmm_):
         return 0
     second = args[-1]
     if second.device.type != "cpu" or second.element_size() != 2 or second.stride(-1) != 1:
         return 0
     return torch.get_num_threads() * min(PACKED_TILES if supported()[0] == "amx" else PACKED, second.numel())
+
+
+def _widened(args: tuple, out: Any) -> int:
+    """A pointwise operator copies whatever does not have the widest of its operands' types into that, its result too."""
+    floats = [t for t in (*args, out) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+    if len({t.dtype for t in floats}) < 2 or floats[0].device.type != "cpu":
+        return 0
+    widest = max(t.element_size() for t in floats)
+    return sum(t.numel() * widest for t in floats if t.element_size() < widest)
 
 
 def work_of(func: Any, args: tuple, kwargs: dict, out: Any, tensors: list[Tensor]) -> Work:
