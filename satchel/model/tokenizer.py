@@ -26,6 +26,7 @@ class Tokenizer:
     """Encodes and decodes. Special tokens that stand in a text are found there, as transformers does."""
 
     backend: tokenizers.Tokenizer
+    size: int  # one more than the highest id
     special: Mapping[str, str] = field(default_factory=dict)  # 'bos_token', 'eos_token', ... to their text
     chat_template: str | None = None
     more_stops: tuple[int, ...] = ()  # ids, beside eos, that the model's generation settings end a turn with
@@ -42,11 +43,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids; `skip_special` leaves control tokens out."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
-
-    @property
-    def size(self) -> int:
-        """One more than the highest id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def longest(self) -> int:
@@ -115,6 +111,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     turn_end = metadata.get("tokenizer.ggml.eot_token_id")
     return Tokenizer(
         build_tokenizer(metadata),
+        len(metadata["tokenizer.ggml.tokens"]),
         {role: token for role, token in special.items() if token is not None},
         metadata.get("tokenizer.chat_template"),
         () if turn_end is None else (turn_end,),
@@ -139,6 +136,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     special = read_json(folder / "special_tokens_map.json") | config
     return Tokenizer(
         backend,
+        max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
         {role: _content(special[role]) for role in ROLES if special.get(role)},
         _folder_template(folder, config),
         _stops(read_json(folder / "generation_config.json")),

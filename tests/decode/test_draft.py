@@ -158,7 +158,7 @@ def test_what_the_draft_takes_is_counted_before_anything_is_loaded(near, format)
 
 def spoken(*words):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
-    return Tokenizer(backend)
+    return Tokenizer(backend, backend.get_vocab_size())
 
 
 def test_a_draft_of_another_vocabulary_is_refused_with_the_cure():
