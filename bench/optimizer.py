@@ -3,9 +3,10 @@
 Two jobs that train all parameters in bf16 on Python's own language reference, 2 rows of 128 tokens a step: tuning
 SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens, three times as long.
 Blocks are recomputed, so that weights, gradients and state are what a peak is made of. An optimizer's learning rate is
-found by doubling and halving its usual one for as long as that helps, in short runs with a seed that is not among those
-reported; AdamW's too. Seeds change the order of the rows and the noise of rounding. The loss is held out; its ratio is
-to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed.
+found by doubling and halving its usual one for as long as that helps, with a seed that is not among those reported;
+AdamW's too. For that a model that is tuned runs a quarter of its steps, and one from scratch all of them: it is soonest
+better with steps that are too small in the end. Seeds change the order of the rows and the noise of rounding. The loss
+is held out; its ratio is to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed.
 
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
 rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
@@ -63,6 +64,7 @@ class Job:
     rank: int  # a quarter of the model's width
     turn: int  # steps in which BAdam trains one layer
     length: int = 1  # factor on the steps
+    sweep: float = 0.25  # share of them in a run that looks for a learning rate
 
     def rate(self, optimizer: str) -> float:
         """The learning rate around which an optimizer is tried: as far from AdamW's as its usual one."""
@@ -84,7 +86,7 @@ class Job:
 
 JOBS = (
     Job("tuning SmolLM2-135M", 1e-4, rank=144, turn=2),
-    Job("10M from scratch", 2e-3, rank=96, turn=12, length=3),
+    Job("10M from scratch", 2e-3, rank=96, turn=12, length=3, sweep=1.0),
 )
 
 
@@ -142,13 +144,13 @@ class Bench:
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, job: Job, optimizer: str, lr: float, seed: int) -> dict[str, Any]:
-        """One training run; with the sweep's seed it is short."""
-        same = {"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed}
+        """One training run; with the sweep's seed it may be short."""
+        steps = self.length(job) if seed != SWEEP_SEED else max(int(self.length(job) * job.sweep), 1)
+        same = {"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
         for line in self.earlier:
             if same.items() <= line.items():
                 self.runs.append(line)
                 return line
-        steps = self.length(job) if seed != SWEEP_SEED else max(self.length(job) // 4, 1)
         settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
         home = self.folder(job) / order(self.length(job), seed)
         found = once(self.folder(job), "bench._tune_satchel", settings, PATIENCE_S, fresh=self.fresh, work=str(home))
@@ -207,12 +209,11 @@ class Bench:
         return (line["job"], line["optimizer"]) == (job.name, optimizer) and "error" not in line
 
 
-def earlier_runs(steps: int) -> tuple[dict[str, Any], ...]:
-    """The runs of as many steps that the results hold, but for timings and failures."""
+def earlier_runs() -> tuple[dict[str, Any], ...]:
+    """The runs that the results hold, but for timings and failures."""
     path = RESULTS / "optimizer.json"
-    found = json.loads(path.read_text()) if path.exists() else {"runs": (), "arguments": {"steps": steps}}
-    good = (line for line in found["runs"] if "seed" in line and "error" not in line)
-    return tuple(good) if found["arguments"]["steps"] == steps else ()
+    runs = json.loads(path.read_text())["runs"] if path.exists() else ()
+    return tuple(line for line in runs if "seed" in line and "error" not in line)
 
 
 def said(found: dict[str, Any]) -> str:
@@ -332,7 +333,7 @@ def main(given: list[str] | None = None) -> Path:
         asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
     seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
     with workplace(None if asked.quick else asked.work) as work:
-        earlier = earlier_runs(asked.steps) if asked.resume else ()
+        earlier = earlier_runs() if asked.resume else ()
         bench = Bench(work, asked.steps, earlier, not asked.report)
         for job in jobs:
             prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)

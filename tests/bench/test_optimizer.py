@@ -64,15 +64,14 @@ def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
 
 def test_a_bench_goes_on_from_the_runs_of_earlier_results(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer, "RESULTS", tmp_path)
-    assert optimizer.earlier_runs(60) == ()
-    run = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "seed": 0, "held_out": 3.5}
+    assert optimizer.earlier_runs() == ()
+    run = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "seed": 0, "steps": 180, "held_out": 3.5}
     timed, failed = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "timing": 0}, run | {"seed": 1, "error": "no"}
     found = {"arguments": {"steps": 60}, "runs": [run, timed, failed]}
     (tmp_path / "optimizer.json").write_text(json.dumps(found))
-    assert optimizer.earlier_runs(61) == ()
-    bench = optimizer.Bench(tmp_path, 60, optimizer.earlier_runs(60))
+    bench, longer = (optimizer.Bench(tmp_path, steps, optimizer.earlier_runs()) for steps in (60, 61))
     monkeypatch.setattr(optimizer, "once", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
-    assert bench.run(SMALL, "lion", 1e-3, 0) == run
+    assert bench.run(SMALL, "lion", 1e-3, 0) == run and longer.run(SMALL, "lion", 1e-3, 0)["held_out"] == 9
     assert [bench.run(SMALL, *other)["held_out"] for other in (("lion", 1e-3, 1), ("lion", 2e-3, 0))] == [9, 9]
     assert [line["held_out"] for line in bench.runs] == [3.5, 9, 9]
 
