@@ -139,7 +139,7 @@ class Bench:
 
     work: Path
     steps: int
-    earlier: tuple[dict[str, Any], ...] = ()  # runs of a bench that this one goes on with
+    earlier: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"table": [], "runs": []})  # to go on with
     fresh: bool = True  # whether anything is measured that is not kept
     runs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -147,7 +147,7 @@ class Bench:
         """One training run; with the sweep's seed it may be short."""
         steps = self.length(job) if seed != SWEEP_SEED else max(int(self.length(job) * job.sweep), 1)
         same = {"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
-        for line in self.earlier:
+        for line in self.earlier["runs"]:
             if same.items() <= line.items():
                 self.runs.append(line)
                 return line
@@ -209,11 +209,12 @@ class Bench:
         return (line["job"], line["optimizer"]) == (job.name, optimizer) and "error" not in line
 
 
-def earlier_runs() -> tuple[dict[str, Any], ...]:
-    """The runs that the results hold, but for timings and failures."""
+def earlier() -> dict[str, list[dict[str, Any]]]:
+    """The table that the results hold, and the runs but for timings and failures."""
     path = RESULTS / "optimizer.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else ()
-    return tuple(line for line in runs if "seed" in line and "error" not in line)
+    found = json.loads(path.read_text()) if path.exists() else {"table": [], "runs": []}
+    good = [line for line in found["runs"] if "seed" in line and "error" not in line]
+    return {"table": found["table"], "runs": good}
 
 
 def said(found: dict[str, Any]) -> str:
@@ -333,8 +334,7 @@ def main(given: list[str] | None = None) -> Path:
         asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
     seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
     with workplace(None if asked.quick else asked.work) as work:
-        earlier = earlier_runs() if asked.resume else ()
-        bench = Bench(work, asked.steps, earlier, not asked.report)
+        bench = Bench(work, asked.steps, *([earlier()] if asked.resume else []), fresh=not asked.report)
         for job in jobs:
             prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)
         try:
@@ -364,11 +364,15 @@ def chosen(job: Job, asked: argparse.Namespace) -> list[str]:
 
 
 def report(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Namespace) -> Path:
-    """Write what was found."""
-    cases = [(job, name) for job in jobs for name in chosen(job, asked)]
-    table = [row(job, name, bench, seeds, rehearsal(bench, job, name)) for job, name in cases]
+    """Write what was found; of a bench that this one goes on with, the rows of other jobs and all runs stay."""
+    table, runs = [], [line for line in bench.earlier["runs"] if line not in bench.runs]
+    for job in JOBS:
+        if job in jobs:
+            table += [row(job, name, bench, seeds, rehearsal(bench, job, name)) for name in chosen(job, asked)]
+        else:
+            table += [line for line in bench.earlier["table"] if line["job"] == job.name]
     title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 3 times that"
-    rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs}
+    rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs + runs}
     path = write("optimizer", title, table, quiet=True, **rest)
     draw(table, RESULTS / "optimizer.png")
     return path

@@ -63,17 +63,26 @@ def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
 
 
 def test_a_bench_goes_on_from_the_runs_of_earlier_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(optimizer, "RESULTS", tmp_path)
-    assert optimizer.earlier_runs() == ()
+    for module in (optimizer, _harness):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(_harness, "ROOT", tmp_path)
+    assert optimizer.earlier() == {"table": [], "runs": []}
     run = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "seed": 0, "steps": 180, "held_out": 3.5}
     timed, failed = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "timing": 0}, run | {"seed": 1, "error": "no"}
-    found = {"arguments": {"steps": 60}, "runs": [run, timed, failed]}
+    other = {"job": optimizer.JOBS[0].name, "optimizer": "lion"}
+    found = {"table": [other, {"job": SMALL.name}], "runs": [run, timed, failed, run | other]}
     (tmp_path / "optimizer.json").write_text(json.dumps(found))
-    bench, longer = (optimizer.Bench(tmp_path, steps, optimizer.earlier_runs()) for steps in (60, 61))
+    bench, longer = (optimizer.Bench(tmp_path, steps, optimizer.earlier()) for steps in (60, 61))
     monkeypatch.setattr(optimizer, "once", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
     assert bench.run(SMALL, "lion", 1e-3, 0) == run and longer.run(SMALL, "lion", 1e-3, 0)["held_out"] == 9
     assert [bench.run(SMALL, *other)["held_out"] for other in (("lion", 1e-3, 1), ("lion", 2e-3, 0))] == [9, 9]
     assert [line["held_out"] for line in bench.runs] == [3.5, 9, 9]
+    monkeypatch.setattr(optimizer, "row", lambda job, name, *_: {"job": job.name, "optimizer": name})
+    monkeypatch.setattr(optimizer, "rehearsal", lambda *_: None)
+    optimizer.report(bench, [SMALL], [0], optimizer.arguments(["--only", "lion"]))
+    written = json.loads((tmp_path / "optimizer.json").read_text())
+    assert [line["job"] for line in written["table"]] == [other["job"], SMALL.name, SMALL.name]
+    assert [line["held_out"] for line in written["runs"]] == [3.5, 9, 9, 3.5] and written["runs"][3] == run | other
 
 
 def test_a_report_measures_nothing(tmp_path, monkeypatch):
