@@ -54,4 +54,4 @@ def byte_tokenizer(template: str) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, template)
+    return Tokenizer(backend, backend.get_vocab_size(), {"bos_token": "<s>", "eos_token": "</s>"}, template)

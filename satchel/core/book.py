@@ -144,24 +144,37 @@ def _method_files(room: Path) -> Iterator[Path]:
     return (path for path in sorted(room.glob("*.py")) if not path.stem.startswith("_"))
 
 
+@dataclass(frozen=True)
+class _File:
+    """What the book needs of a file; its tree is let go, whose many parts Python would look through for cycles."""
+
+    doc: str
+    bases: dict[str, str]  # the first base of each class, without the module
+    cards: dict[str, Card]
+    imports: dict[str, Path]  # the files of our package that names are from
+
+
 @cache
-def _tree(path: Path) -> ast.Module:
+def _file(path: Path) -> _File:
     """A file, parsed once however many methods derive from what is in it."""
-    return ast.parse(path.read_text())
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    cards = {node.name: card for node in classes if (card := _card(node, path))}
+    sources = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    imports = {alias.name: _home(str(node.module)) for node in sources for alias in node.names}
+    return _File(ast.get_docstring(tree) or "", {node.name: _base(node) for node in classes}, cards, imports)
 
 
 @cache
 def _read(path: Path) -> Entry | None:
     """The entry of a file; None if no class in it has a card and derives from a seam."""
-    tree = _tree(path)
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef) or (card := _card(node, path)) is None:
-            continue
-        *own, (_, seam) = _lineage(path, tree, node.name)
+    for name, card in (file := _file(path)).cards.items():
+        *own, (_, seam) = _lineage(path, name)
         if seam in SLOTS:
-            doc = ast.get_docstring(tree) or ""
             lineage = tuple(reversed(own))
-            return Entry(slot=SLOTS[seam], name=path.stem, room=path.parent.name, lineage=lineage, card=card, doc=doc)
+            return Entry(
+                slot=SLOTS[seam], name=path.stem, room=path.parent.name, lineage=lineage, card=card, doc=file.doc
+            )
     return None
 
 
@@ -178,25 +191,24 @@ def _card(node: ast.ClassDef, path: Path) -> Card | None:
     return None
 
 
-def _lineage(path: Path, tree: ast.Module, class_name: str) -> Iterator[tuple[Path, str]]:
+def _base(node: ast.ClassDef) -> str:
+    return ast.unparse(node.bases[0]).rpartition(".")[2] if node.bases else "object"
+
+
+def _home(module: str) -> Path:
+    """Where a module of our package lies; a path that does not exist if it is not ours."""
+    return PACKAGE.parent / Path(*module.split(".")).with_suffix(".py")
+
+
+def _lineage(path: Path, class_name: str) -> Iterator[tuple[Path, str]]:
     """(file, class name) from a class up its first bases; the last one is the seam, or whatever stands outside."""
     while class_name not in SLOTS:
         yield path, class_name
-        classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-        bases = classes[class_name].bases if class_name in classes else []
-        class_name = ast.unparse(bases[0]).rpartition(".")[2] if bases else "object"
-        if class_name in SLOTS or class_name in classes:
+        file = _file(path)
+        class_name = file.bases.get(class_name, "object")
+        if class_name in SLOTS or class_name in file.bases:
             continue
-        path = _imported_from(tree, class_name)
+        path = file.imports.get(class_name, PACKAGE / "nowhere")
         if not path.exists():
             break
-        tree = _tree(path)
     yield path, class_name
-
-
-def _imported_from(tree: ast.Module, name: str) -> Path:
-    """The file of our package that `name` is imported from; a path that does not exist if it is not ours."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
-            return PACKAGE.parent / Path(*node.module.split(".")).with_suffix(".py")
-    return PACKAGE / "nowhere"
