@@ -41,7 +41,7 @@ def _budget(rows: Rows) -> str:
 
 def _checkpoint(rows: Rows) -> str:
     shares = [row["of the blocking one's"] for row in rows if row["way"] == "datastates" and "checkpoint, MiB" in row]
-    return f"a lazy checkpoint costs {_span(shares)} of a blocking one's stall"
+    return f"a lazy checkpoint costs {_span(shares)} of what a blocking one does"
 
 
 def _company(rows: Rows) -> str:
