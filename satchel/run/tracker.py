@@ -149,7 +149,7 @@ def _scratch(func: Any, args: tuple, out: Any) -> int:
 
 
 def _widened(args: tuple, out: Any) -> int:
-    """A pointwise operator copies whatever does not have the widest of its operands' types into that, its result too."""
+    """A pointwise operator copies operands that have not the widest of their types into that, and so its result."""
     floats = [t for t in (*args, out) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
     if len({t.dtype for t in floats}) < 2 or floats[0].device.type != "cpu":
         return 0
