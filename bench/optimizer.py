@@ -6,7 +6,8 @@ Blocks are recomputed, so that weights, gradients and state are what a peak is m
 found by doubling and halving its usual one for as long as that helps, with a seed that is not among those reported;
 AdamW's too. For that a model that is tuned runs a quarter of its steps, and one from scratch all of them: it is soonest
 better with steps that are too small in the end. Seeds change the order of the rows and the noise of rounding. The loss
-is held out; its ratio is to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed.
+is held out; its ratio is to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed; state is
+what is left of it after the last step, where a method that trains layers in turn has let go of some.
 
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
 rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -134,12 +136,28 @@ def fewer(tokens: Tokens, vocabulary: int) -> Tokens:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """The results that a bench goes on with."""
+
+    table: tuple[dict[str, Any], ...] = ()
+    runs: tuple[dict[str, Any], ...] = ()  # but for timings and failures
+
+    @classmethod
+    def read(cls) -> Earlier:
+        """Of bench/results/optimizer.json, if it is there."""
+        path = RESULTS / "optimizer.json"
+        found = json.loads(path.read_text()) if path.exists() else {"table": [], "runs": []}
+        good = (line for line in found["runs"] if "seed" in line and "error" not in line)
+        return cls(tuple(found["table"]), tuple(good))
+
+
+@dataclass(frozen=True)
 class Bench:
     """The measurements of one call: runs by job, optimizer, learning rate and seed."""
 
     work: Path
     steps: int
-    earlier: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"table": [], "runs": []})  # to go on with
+    earlier: Earlier = Earlier()
     fresh: bool = True  # whether anything is measured that is not kept
     runs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -147,7 +165,7 @@ class Bench:
         """One training run; with the sweep's seed it may be short."""
         steps = self.length(job) if seed != SWEEP_SEED else max(int(self.length(job) * job.sweep), 1)
         same = {"job": job.name, "optimizer": optimizer, "lr": lr, "seed": seed, "steps": steps}
-        for line in self.earlier["runs"]:
+        for line in self.earlier.runs:
             if same.items() <= line.items():
                 self.runs.append(line)
                 return line
@@ -209,14 +227,6 @@ class Bench:
         return (line["job"], line["optimizer"]) == (job.name, optimizer) and "error" not in line
 
 
-def earlier() -> dict[str, list[dict[str, Any]]]:
-    """The table that the results hold, and the runs but for timings and failures."""
-    path = RESULTS / "optimizer.json"
-    found = json.loads(path.read_text()) if path.exists() else {"table": [], "runs": []}
-    good = [line for line in found["runs"] if "seed" in line and "error" not in line]
-    return {"table": found["table"], "runs": good}
-
-
 def said(found: dict[str, Any]) -> str:
     """A run in some words."""
     if "error" in found:
@@ -275,11 +285,16 @@ def findings(table: list[dict[str, Any]]) -> dict[str, Any]:
     for job in JOBS:
         good = [line for line in measured if line["job"] == job.name and float(line["loss ratio"].split()[0]) <= 1.02]
         found[f"{job.name}: loss <= 1.02 at peak <= 0.45"] = [x["optimizer"] for x in good if x["peak ratio"] <= 0.45]
-        state = {line["optimizer"]: line["state, MiB"] for line in measured if line["job"] == job.name}
+        state = {line["optimizer"]: state_at_peak(line) for line in measured if line["job"] == job.name}
         if {LISA, WIDER_LISA} <= state.keys():
             outside = 2 * state[LISA] - state[WIDER_LISA]  # two layers' state less
             found[f"{job.name}: share of LISA's state that lies outside of the layers"] = outside / state[LISA]
     return found
+
+
+def state_at_peak(line: dict[str, Any]) -> int:
+    """The optimizer's account of a row, MiB; after the last step a method in turns has let go of some of it."""
+    return int(dict(re.findall(r"(\w+) (\d+)", line["by account, MiB"])).get("optimizer", 0))
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
@@ -334,7 +349,7 @@ def main(given: list[str] | None = None) -> Path:
         asked.steps, asked.seeds, asked.sweep, asked.timings = 2, 1, 0, 1
     seeds, jobs = list(range(asked.seeds)), [job for job in JOBS if asked.job in job.name]
     with workplace(None if asked.quick else asked.work) as work:
-        bench = Bench(work, asked.steps, *([earlier()] if asked.resume else []), fresh=not asked.report)
+        bench = Bench(work, asked.steps, Earlier.read() if asked.resume else Earlier(), not asked.report)
         for job in jobs:
             prepare(bench.folder(job), job, bench.length(job), [*seeds, SWEEP_SEED], asked.quick)
         try:
@@ -365,12 +380,12 @@ def chosen(job: Job, asked: argparse.Namespace) -> list[str]:
 
 def report(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Namespace) -> Path:
     """Write what was found; of a bench that this one goes on with, the rows of other jobs and all runs stay."""
-    table, runs = [], [line for line in bench.earlier["runs"] if line not in bench.runs]
+    table, runs = [], [line for line in bench.earlier.runs if line not in bench.runs]
     for job in JOBS:
         if job in jobs:
             table += [row(job, name, bench, seeds, rehearsal(bench, job, name)) for name in chosen(job, asked)]
         else:
-            table += [line for line in bench.earlier["table"] if line["job"] == job.name]
+            table += [line for line in bench.earlier.table if line["job"] == job.name]
     title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 3 times that"
     rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs + runs}
     path = write("optimizer", title, table, quiet=True, **rest)

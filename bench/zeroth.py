@@ -44,7 +44,7 @@ METHODS = (
     "forward_gradient",
 )
 COLUMNS = ("lr", "accuracy before", "accuracy", "range", "first losses", "last losses")
-COLUMNS += ("peak, MiB", "peak over inference", "rehearsed", "s/step")
+COLUMNS += ("peak, MiB", "peak over inference", "rehearsed")
 WORDS = (8, 30)  # of a sentence
 TEST = 128  # sentences that are held out
 
@@ -91,12 +91,11 @@ def row(scheme: str, method: str, runs: list[dict[str, Any]], peaks: dict[str, A
     failed = [run["error"] for run in (peaks, *runs) if "error" in run]
     if failed or not runs:
         return cells | {"accuracy": f"failed: {failed[0]}" if failed else "not measured"}
-    middle = {name: median(run[name] for run in runs) for name in ("lr", "before", "after", "wall_s")}
+    middle = {name: median(run[name] for run in runs) for name in ("lr", "before", "after")}
     cells |= {"lr": f"{middle['lr']:.2g}", "accuracy before": middle["before"], "accuracy": middle["after"]}
     cells["range"] = f"{min(run['after'] for run in runs):.3f}-{max(run['after'] for run in runs):.3f}"
     first, last = (median(np.mean(run["losses"][part]) for run in runs) for part in (slice(10), slice(-10, None)))
-    cells |= {"first losses": round(float(first), 3), "last losses": round(float(last), 3)}
-    return cells | {"s/step": round(middle["wall_s"], 2)}
+    return cells | {"first losses": round(float(first), 3), "last losses": round(float(last), 3)}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:

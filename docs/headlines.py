@@ -70,10 +70,13 @@ def _killed(rows: Rows) -> str:
 
 
 def _optimizer(rows: Rows) -> str:
-    known = [row for row in rows if "peak ratio" in row]
-    good = [row for row in known if row["peak ratio"] <= 0.45 and float(row["loss ratio"].split()[0]) <= 1.02]
-    names = ", ".join(sorted({row["optimizer"] for row in good})) or "none"
-    return f"peak at most 0.45x AdamW's and loss at most 1.02x: {names}"
+    said = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        known = [row for row in rows if row["job"] == job and "peak ratio" in row]
+        good = [row for row in known if row["peak ratio"] <= 0.45 and float(row["loss ratio"].split()[0]) <= 1.02]
+        names = "; ".join(f"{row['optimizer']} (seeds: {row['seeds']})" for row in good) or "none"
+        said.append(f"{job}: {names}")
+    return f"peak at most 0.45x AdamW's and loss at most 1.02x: {'. '.join(said)}"
 
 
 def _plan(rows: Rows) -> str:
@@ -122,8 +125,10 @@ def _tune(rows: Rows) -> str:
 
 
 def _zeroth(rows: Rows) -> str:
-    peaks = [row["peak over inference"] for row in rows if row["peak over inference"] != "-"]
-    return f"peak over inference {_span(peaks)}"
+    known = [row for row in rows if row["peak over inference"] != "-"]
+    ours, adamw = ([row for row in known if (row["optimizer"] == "adamw") == is_it] for is_it in (False, True))
+    spans = [_span(row["peak over inference"] for row in some) for some in (ours, adamw)]
+    return f"peak over inference {spans[0]}; AdamW's {spans[1]}"
 
 
 def _span(values: Iterable[float]) -> str:

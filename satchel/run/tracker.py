@@ -142,7 +142,7 @@ def _scratch(func: Any, args: tuple, out: Any) -> int:
         return _widened(args, out)
     if func._overloadpacket not in (aten.mm, aten.addmm, aten.addmm_):
         return 0
-    second = args[-1]
+    second = args[-1]  # each thread lays out its part of it anew, unless it is transposed
     if second.device.type != "cpu" or second.element_size() != 2 or second.stride(-1) != 1:
         return 0
     return torch.get_num_threads() * min(PACKED_TILES if supported()[0] == "amx" else PACKED, second.numel())

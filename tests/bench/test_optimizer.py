@@ -53,7 +53,7 @@ def test_a_run_fills_its_row_beside_adamw(bench, monkeypatch):
     ours = optimizer.row(SMALL, "adamw8bit", bench, [0], rehearsed)
     base = optimizer.row(SMALL, optimizer.BASE, bench, [0], optimizer.rehearsal(bench, SMALL, optimizer.BASE))
     assert float(ours["loss ratio"].split()[0]) == pytest.approx(1, abs=0.02)
-    assert ours["state, MiB"] < 0.6 * base["state, MiB"] and ours["peak ratio"] < base["peak ratio"] == 1
+    assert ours["state, MiB"] < 0.6 * base["state left, MiB"] and ours["peak ratio"] < base["peak ratio"] == 1
     assert min(base["CPU s/step"], ours["CPU s/step"]) > 0
     (run,) = bench.of(SMALL, "adamw8bit", [0])
     train = next(phase for phase in rehearsed.phases if phase.name == "train")
@@ -66,13 +66,13 @@ def test_a_bench_goes_on_from_the_runs_of_earlier_results(tmp_path, monkeypatch)
     for module in (optimizer, _harness):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(_harness, "ROOT", tmp_path)
-    assert optimizer.earlier() == {"table": [], "runs": []}
+    assert optimizer.Earlier.read() == optimizer.Earlier()
     run = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "seed": 0, "steps": 180, "held_out": 3.5}
     timed, failed = {"job": SMALL.name, "optimizer": "lion", "lr": 1e-3, "timing": 0}, run | {"seed": 1, "error": "no"}
     other = {"job": optimizer.JOBS[0].name, "optimizer": "lion"}
     found = {"table": [other, {"job": SMALL.name}], "runs": [run, timed, failed, run | other]}
     (tmp_path / "optimizer.json").write_text(json.dumps(found))
-    bench, longer = (optimizer.Bench(tmp_path, steps, optimizer.earlier()) for steps in (60, 61))
+    bench, longer = (optimizer.Bench(tmp_path, steps, optimizer.Earlier.read()) for steps in (60, 61))
     monkeypatch.setattr(optimizer, "once", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
     assert bench.run(SMALL, "lion", 1e-3, 0) == run and longer.run(SMALL, "lion", 1e-3, 0)["held_out"] == 9
     assert [bench.run(SMALL, *other)["held_out"] for other in (("lion", 1e-3, 1), ("lion", 2e-3, 0))] == [9, 9]
@@ -114,15 +114,19 @@ def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, 
 
 
 def test_what_is_lean_and_good_is_found():
-    line = {"job": SMALL.name, "loss ratio": "1.0100 ± 0.1", "peak ratio": 0.4, "rehearsed": "-1.5%", "state, MiB": 1}
+    line = {"job": SMALL.name, "loss ratio": "1.0100 ± 0.1", "peak ratio": 0.4, "rehearsed": "-1.5%", "seeds": 3}
     fat, bad = line | {"peak ratio": 0.5}, line | {"loss ratio": "1.0300 ± 0.1"}
     names = ("galore", optimizer.LISA, optimizer.WIDER_LISA)
     table = [each | {"optimizer": name} for each, name in zip((line, fat, bad), names, strict=True)]
-    table[1]["state, MiB"], table[2]["state, MiB"] = 10, 14
+    for each, state in zip(table, (1, 10, 14), strict=True):
+        each["by account, MiB"] = f"weights 30, optimizer {state}"
     found = optimizer.findings(table)
     assert found[f"{SMALL.name}: loss <= 1.02 at peak <= 0.45"] == ["galore"]
     assert found["rehearsed peaks off by, median and worst, %"] == [1.5, 1.5]
-    assert headline("optimizer", table) == "peak at most 0.45x AdamW's and loss at most 1.02x: galore"
+    assert (
+        headline("optimizer", table)
+        == f"peak at most 0.45x AdamW's and loss at most 1.02x: {SMALL.name}: galore (seeds: 3)"
+    )
     assert found[f"{SMALL.name}: share of LISA's state that lies outside of the layers"] == 0.6
 
 

@@ -57,10 +57,12 @@ def test_every_method_is_spelled_as_it_may_be_and_a_failure_is_a_row_too():
 
 
 def test_a_row_holds_the_medians_of_its_runs():
-    run = {"lr": 1e-4, "before": 0.5, "losses": [2.0] * 10 + [1.0] * 10, "wall_s": 1.0}
+    run = {"lr": 1e-4, "before": 0.5, "losses": [2.0] * 10 + [1.0] * 10}
     peaks = {"inference_bytes": 100 << 20, "training_bytes": 103 << 20, "rehearsed_bytes": 102 << 20}
     line = zeroth.row("LoRA", "mezo", [run | {"after": after} for after in (0.6, 0.9, 0.7)], peaks)
     assert line["accuracy"] == 0.7 and line["range"] == "0.600-0.900" and line["peak over inference"] == 1.03
     assert line["first losses"] == 2 and line["last losses"] == 1 and line["rehearsed"] == "-1.0%"
     empty = zeroth.row("LoRA", "mezo", [], {})
-    assert line.keys() == empty.keys() and headline("zeroth", [line, empty]) == "peak over inference 1.03x to 1.03x"
+    assert line.keys() == empty.keys() and empty["peak over inference"] == "-"
+    said = headline("zeroth", [line, empty, line | {"optimizer": "adamw", "peak over inference": 3.8}])
+    assert said == "peak over inference 1.03x to 1.03x; AdamW's 3.8x to 3.8x"
