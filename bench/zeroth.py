@@ -171,7 +171,7 @@ def said(run: dict[str, Any]) -> str:
 def report(bench: Bench, cases: list[Case]) -> Path:
     """Write what was found so far."""
     asked = bench.asked
-    title = f"SmolLM2-135M, bf16, two classes of sentences, {asked.steps} steps of 8, {asked.seeds} seeds"
+    title = f"SmolLM2-135M, bf16, two classes of sentences, {asked.steps} steps of 8, seeds: {asked.seeds}"
     table = [row(*case, bench.found.get(case, []), bench.peaks.get(case, {})) for case in cases]
     runs = [{"trained": case[0], "optimizer": case[1], "runs": bench.found.get(case, [])} for case in cases]
     rest = {"arguments": told(asked), "peaks": list(bench.peaks.values()), "runs": runs}
