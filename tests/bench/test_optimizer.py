@@ -113,6 +113,14 @@ def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, 
     assert bench.best_rate(SMALL, "lion", 0) == usual
 
 
+def test_a_tuned_model_looks_for_its_rate_in_short_runs_and_one_from_scratch_in_whole_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer, "once", lambda *_, **__: {"held_out": 9.0, "tensor_bytes": 0, "cpu_s": 0})
+    bench, (tuned, scratch) = optimizer.Bench(tmp_path, 60), optimizer.JOBS
+    for job, seed in ((tuned, 100), (tuned, 0), (scratch, 100), (scratch, 0)):
+        bench.run(job, "lion", 1e-3, seed)
+    assert optimizer.SWEEP_SEED == 100 and [run["steps"] for run in bench.runs] == [15, 60, 180, 180]
+
+
 def test_what_is_lean_and_good_is_found():
     line = {"job": SMALL.name, "loss ratio": "1.0100 ± 0.1", "peak ratio": 0.4, "rehearsed": "-1.5%", "seeds": 3}
     fat, bad = line | {"peak ratio": 0.5}, line | {"loss ratio": "1.0300 ± 0.1"}

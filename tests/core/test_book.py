@@ -87,6 +87,12 @@ def test_a_spelling_is_checked_without_importing(package):
         book.check("adapter", "low:rnk=4")
 
 
+def test_a_base_may_be_named_with_its_module(package):
+    text = CHILD.replace("from satchel.adapt.low import Low", "import satchel.core.seams as seams")
+    (package / "adapt" / "other.py").write_text(text.replace("High(Low)", "Other(seams.Adapter)"))
+    assert [entry.name for entry in book.entries()] == ["high", "low", "other"]
+
+
 def test_a_card_that_is_no_literal_is_our_own_mistake(package):
     (package / "adapt" / "low.py").write_text(BASE.replace('paper="https://arxiv.org/abs/1"', "paper=PAPER"))
     with pytest.raises(SatchelError, match="not a literal"):

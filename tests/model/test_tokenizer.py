@@ -106,6 +106,7 @@ def test_the_assistants_tokens_are_its_words_and_its_end_of_turn(demo):
 def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(demo, tmp_path):
     demo.save(tmp_path)
     again, theirs = folder_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert again.size == demo.size == len(theirs) == 49152
     assert again.encode(TEXT) == demo.encode(TEXT) == theirs(TEXT, add_special_tokens=False)["input_ids"]
     assert theirs.eos_token_id == demo.eos_id and theirs.bos_token_id == demo.bos_id
     text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from satchel.core.errors import UserError
-from satchel.optim._projector import find_basis, is_tall
+from satchel.optim._projector import PARTS, find_basis, is_tall, row_parts
 from satchel.optim.adamw import AdamW
 from satchel.optim.galore import GaLore
 from tests.optim import common
@@ -45,6 +45,13 @@ def test_blocks_are_projected_and_nothing_else():
         assert method.projects(name, torch.empty(64, 64))
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"):
         assert not method.projects(name, torch.empty(64, 64))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (640, 512), (1000, 4096), (11008, 4096), (7, 1 << 20)])
+def test_a_matrix_is_cut_into_whole_rows_all_of_them_in_few_parts(rows, columns):
+    parts = list(row_parts(torch.empty(rows, columns)))
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows)) and len(parts) <= PARTS
+    assert all(len(range(rows)[part]) <= max((1 << 18) // columns, -(-rows // PARTS)) for part in parts)
 
 
 def decaying(rows, columns, power, dtype):
