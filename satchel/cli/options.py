@@ -1,38 +1,18 @@
 """Command-line options made from the fields of the job, so that no knob is written down twice."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from satchel.core.job import Job
 from satchel.core.knobs import REQUIRED, Knob
 
 KINDS = {"int": int, "float": float, "bool": bool, "str": str, "tuple[str, ...]": list[str]}  # the last: given often
 CONFIG_HELP = "TOML file with any of these options as keys; options given here win."
-
-
-class Job(Protocol):
-    """What every kind of job can do."""
-
-    slots: ClassVar[tuple[str, ...]]
-
-    @classmethod
-    def knobs(cls) -> tuple[Knob, ...]:
-        """The fields with the comments behind them."""
-        ...
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A job from plain values."""
-        ...
-
-    @classmethod
-    def from_toml(cls, path: Path, **overrides: Any) -> Self:
-        """A job from a file; `overrides` win."""
-        ...
 
 
 def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +27,8 @@ def takes_job(verb: Callable[..., None]) -> Callable[..., None]:
         mine = {parameter.name: given.pop(parameter.name) for parameter in own}
         verb(_job(kind, given.pop("config"), given), **mine)
 
-    parameters = [_config(), *(_option(knob, kind.slots) for knob in kind.knobs()), *own]
+    knobs = sorted(kind.knobs(), key=lambda knob: knob.default is not REQUIRED)
+    parameters = [_config(), *(_option(knob, kind.slots) for knob in knobs), *own]
     parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)  # those that must be given
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -1,12 +1,13 @@
 """The jobs: frozen dataclasses that TOML, the command line and Python all make.
 
-The comment behind each field is its help text, wherever it is shown. What all kinds of training share is `Job`; a kind
-adds its own fields, and may change a default or a meaning by naming the field again.
+The comment behind each field is its help text, wherever it is shown. What all share is `Job`, what training shares is
+`TrainJob`; a kind adds its own fields, and may change a default or a meaning by naming the field again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -28,41 +29,15 @@ Bound = tuple[str, bool, str]  # field, whether its value is allowed, what would
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every training run depends on. Always valid: a bad value raises UserError when the job is made."""
+    """What every job depends on. Always valid: a bad value raises UserError when the job is made."""
 
-    verb: ClassVar[str]
-    slots: ClassVar[tuple[str, ...]] = METHOD_FIELDS  # fields that hold a method
+    slots: ClassVar[tuple[str, ...]]  # fields that hold a method, each named after its slot
 
     model: str  # 'demo', a Hugging Face folder, a .gguf file, or a hub id
-    data: str | tuple[str, ...]  # what it learns from
-    out: str = "runs"  # folder that receives adapter or model, metrics and receipt
-    eval_data: str | tuple[str, ...] = ""  # held-out data
-    eval_share: float = 0.05  # share of the documents held out, [0, 0.5]
-    eval_rows: int = 128  # rows of `context` tokens that an evaluation takes at most, drawn once; 0: all held out
     device: str = "auto"  # auto, cpu or cuda
     memory: str = "auto"  # what the job may use, such as 1.5GiB; auto: what the machine has free now
     dtype: str = "bf16"  # of the weights: bf16 or fp32
-    adapter: str = "none"  # such as lora:rank=8,alpha=16; none trains all weights
-    optimizer: str = "adamw"  # such as galore:rank=64
-    schedule: str = "cosine"  # of the learning rate
-    activations: str = "none"  # what is recomputed instead of kept: none, selective, full
-    format: str = "none"  # storage of the frozen weights under an adapter, such as int8, nf4, int4:group=64
-    surgery: str = "none"  # what is done to the weights before they train, such as spdf:sparsity=0.75
-    objective: str = "causal_lm"  # what the run minimises
-    checkpoint: str = "blocking"  # how a checkpoint reaches the disk; datastates: while the next step computes
-    lr: float = 0.0  # peak learning rate; 0: the optimizer's usual, of most 1e-3 with an adapter, 1e-4 without
-    context: int = 1024  # longest sequence, tokens
-    batch: int = 8  # rows of `context` tokens that an optimizer step sees
-    micro_batch: int = 0  # rows at once; 0: the largest that fits
-    steps: int = 0  # optimizer steps; 0: `epochs` decides
-    epochs: float = 1.0  # passes over the data
-    clip: float = 1.0  # gradient norm above which it is scaled down; 0: never
     seed: int = 0  # of everything random in the job
-    eval_every: int = 0  # optimizer steps between evaluations; 0: at the start and the end
-    save_every: int = 0  # optimizer steps between checkpoints; 0: at the end and on ctrl-C
-    resume: bool = False  # go on from the last checkpoint in `out`
-    branch: str = ""  # another run's checkpoint to go on from, optimizer and all: runs/a/checkpoints/step-000800
-    merge: bool = False  # also write the merged model
 
     def __post_init__(self) -> None:
         for name, holds, cure in self.bounds():
@@ -75,15 +50,12 @@ class Job:
             if getattr(self, slot) != defaults[slot]:
                 book.check(slot, getattr(self, slot))
 
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate at the schedule's peak: the one given, or what is usual for such a job."""
-        return self.lr or (LR_FULL if self.adapter == "none" else LR_ADAPTER)
-
     @classmethod
     def knobs(cls) -> tuple[Knob, ...]:
         """The fields with the comments behind them."""
-        return job_knobs(cls)
+        lineage = [base for base in reversed(cls.__mro__) if issubclass(base, Job)]
+        found = (knob for base in lineage for knob in read_knobs(Path(inspect.getfile(base)), base.__name__))
+        return tuple({knob.name: knob for knob in found}.values())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "job") -> Self:
@@ -105,13 +77,57 @@ class Job:
 
     def bounds(self) -> Iterator[Bound]:
         """What must hold of the fields."""
-        at_least_zero = ("lr", "clip", "micro_batch", "steps", "seed", "eval_rows", "eval_every", "save_every")
         yield "model", bool(self.model), "name a model, such as 'demo'"
+        yield "device", self.device in ("auto", "cpu", "cuda"), "it is auto, cpu or cuda"
+        yield "dtype", self.dtype in ("bf16", "fp32"), "it is bf16 or fp32"
+        yield "seed", self.seed >= 0, "it is 0 or above"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(Job):
+    """What every training run depends on."""
+
+    verb: ClassVar[str]
+    slots: ClassVar[tuple[str, ...]] = METHOD_FIELDS
+
+    data: str | tuple[str, ...]  # what it learns from
+    out: str = "runs"  # folder that receives adapter or model, metrics and receipt
+    eval_data: str | tuple[str, ...] = ""  # held-out data
+    eval_share: float = 0.05  # share of the documents held out, [0, 0.5]
+    eval_rows: int = 128  # rows of `context` tokens that an evaluation takes at most, drawn once; 0: all held out
+    adapter: str = "none"  # such as lora:rank=8,alpha=16; none trains all weights
+    optimizer: str = "adamw"  # such as galore:rank=64
+    schedule: str = "cosine"  # of the learning rate
+    activations: str = "none"  # what is recomputed instead of kept: none, selective, full
+    format: str = "none"  # storage of the frozen weights under an adapter, such as int8, nf4, int4:group=64
+    surgery: str = "none"  # what is done to the weights before they train, such as spdf:sparsity=0.75
+    objective: str = "causal_lm"  # what the run minimises
+    checkpoint: str = "blocking"  # how a checkpoint reaches the disk; datastates: while the next step computes
+    lr: float = 0.0  # peak learning rate; 0: the optimizer's usual, of most 1e-3 with an adapter, 1e-4 without
+    context: int = 1024  # longest sequence, tokens
+    batch: int = 8  # rows of `context` tokens that an optimizer step sees
+    micro_batch: int = 0  # rows at once; 0: the largest that fits
+    steps: int = 0  # optimizer steps; 0: `epochs` decides
+    epochs: float = 1.0  # passes over the data
+    clip: float = 1.0  # gradient norm above which it is scaled down; 0: never
+    eval_every: int = 0  # optimizer steps between evaluations; 0: at the start and the end
+    save_every: int = 0  # optimizer steps between checkpoints; 0: at the end and on ctrl-C
+    resume: bool = False  # go on from the last checkpoint in `out`
+    branch: str = ""  # another run's checkpoint to go on from, optimizer and all: runs/a/checkpoints/step-000800
+    merge: bool = False  # also write the merged model
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the schedule's peak: the one given, or what is usual for such a job."""
+        return self.lr or (LR_FULL if self.adapter == "none" else LR_ADAPTER)
+
+    def bounds(self) -> Iterator[Bound]:
+        """See `Job`."""
+        yield from super().bounds()
+        at_least_zero = ("lr", "clip", "micro_batch", "steps", "eval_rows", "eval_every", "save_every")
         yield "data", bool(self.data), "name a file or folder of text, or 'demo'"
         yield "out", bool(self.out), "name a folder, such as runs/tune"
         yield "eval_share", 0 <= self.eval_share <= 0.5, "it lies in [0, 0.5]; 0.05 holds one document in twenty out"
-        yield "device", self.device in ("auto", "cpu", "cuda"), "it is auto, cpu or cuda"
-        yield "dtype", self.dtype in ("bf16", "fp32"), "it is bf16 or fp32"
         yield "context", self.context >= 2, "a sequence has at least 2 tokens"
         yield "batch", self.batch >= 1, "a step sees at least 1 row"
         yield "micro_batch", self.micro_batch <= self.batch, f"it is at most batch={self.batch}"
@@ -129,7 +145,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneJob(Job):
+class TuneJob(TrainJob):
     """Everything that a tuning run depends on."""
 
     verb: ClassVar[str] = "tune"
@@ -147,7 +163,7 @@ class TuneJob(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainJob(Job):
+class PretrainJob(TrainJob):
     """Everything that a pre-training run depends on, from random weights or from a model: plain text, in a mixture."""
 
     verb: ClassVar[str] = "pretrain"
@@ -202,12 +218,6 @@ def weighted(source: str) -> tuple[str, float | None]:
         return (path, float(tail)) if colon and path else (source, None)
     except ValueError:
         return source, None
-
-
-def job_knobs(kind: type[Job] = TuneJob) -> tuple[Knob, ...]:
-    """The fields of a kind of job with the comments behind them."""
-    lineage = [base for base in reversed(kind.__mro__) if issubclass(base, Job)]
-    return tuple({knob.name: knob for base in lineage for knob in read_knobs(Path(__file__), base.__name__)}.values())
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from satchel.core.book import make
 from satchel.core.errors import UserError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.seams import Adapter, Objective, Saver, Schedule
 from satchel.model.adapters import attach
 from satchel.model.decoder import Decoder
@@ -41,7 +41,7 @@ class Assembly:
         return dict(self.parameters) | self.model.policy_state()
 
 
-def assemble(job: Job, decoder: Decoder, trained: Collection[int] | None = None) -> Assembly:
+def assemble(job: TrainJob, decoder: Decoder, trained: Collection[int] | None = None) -> Assembly:
     """Operate on, freeze, adapt and wrap `decoder` in place as the job says, and build its optimizer.
 
     `trained` are the only layers that train; a rehearsal knows them where they train in turns.

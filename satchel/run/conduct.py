@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from satchel.core.book import make
 from satchel.core.disk import require_room
 from satchel.core.errors import UserError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.report import Report
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
@@ -48,10 +48,10 @@ class Beginning:
     tokenizer_from: Source  # whose tokenizer goes with what is written
     prompt_1T: Tensor  # that a merge is checked on
     dataset: Dataset
-    load: Callable[[Job, str], Decoder]  # the model, for the job that was planned, on that device
+    load: Callable[[TrainJob, str], Decoder]  # the model, for the job that was planned, on that device
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=TrainJob)
 SAMPLED = 16  # steps, and batches of an evaluation, whose sizes are looked at
 
 
@@ -89,19 +89,19 @@ def conduct(job: J, begin: Callable[[J, Report], Beginning], report: Report) -> 
     return receipt
 
 
-def load_weights(source: Source, job: Job, device: str) -> Decoder:
+def load_weights(source: Source, job: TrainJob, device: str) -> Decoder:
     """The model as the job stores it."""
     return load(source, DTYPES[job.dtype], device, make("format", job.format))
 
 
-def _extent(job: Job, dataset: Dataset) -> Extent:
+def _extent(job: TrainJob, dataset: Dataset) -> Extent:
     if not len(dataset.train):
         raise UserError("data: nothing is left to train on; add documents, or lower eval_share")
     steps, _ = dataset.train.length(job.batch, job.steps, job.epochs)
     return Extent(dataset.train.fullest(), steps, len(dataset.held_out))
 
 
-def _samples(job: Job, dataset: Dataset, micro_batch: int) -> Samples:
+def _samples(job: TrainJob, dataset: Dataset, micro_batch: int) -> Samples:
     """One batch of each size that the first steps and the first of an evaluation have."""
     steps, total = dataset.train.length(job.batch, job.steps, job.epochs)
     rows = (dataset.train.step_rows(step, job.batch, job.seed, total) for step in range(min(steps, SAMPLED)))

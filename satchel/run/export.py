@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from satchel.adapt import load_peft, save_peft
 from satchel.core.errors import ModelError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.model.adapters import Adapted, adapted
 from satchel.model.decoder import Decoder
 from satchel.model.linear import dense_OI, is_linear
@@ -41,7 +41,7 @@ SLICE = 8  # tokens whose distributions are compared at once
 DIVERGENCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def export(job: Job, assembly: Assembly, source: Source, prompt_1T: Tensor) -> dict[str, str]:
+def export(job: TrainJob, assembly: Assembly, source: Source, prompt_1T: Tensor) -> dict[str, str]:
     """Write what was trained into `job.out`, and with `job.merge` the merged model too; the paths, by kind.
 
     The tokenizer of `source` goes with a model. A merge is checked on the prompt.

@@ -11,18 +11,18 @@ from torch import nn
 
 from satchel.core.disk import writing
 from satchel.core.errors import UserError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.model.disk import replace_text
 
 CLAIM = "run.json"
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=TrainJob)
 # Fields that may change on a resume: they say where and how often, not what is computed.
 FREE = frozenset(
     {"out", "resume", "merge", "memory", "device", "micro_batch", "eval_every", "save_every", "checkpoint"}
 )
 
 
-def check_out(job: Job) -> None:
+def check_out(job: TrainJob) -> None:
     """Refuse, before anything is loaded, an output folder that this job may not write to. Raises UserError."""
     out = Path(job.out)
     if out.exists() and not out.is_dir():
@@ -48,14 +48,14 @@ def begun_with(out: str | Path, kind: type[J]) -> J | None:
         raise UserError(f"{path}: cannot be read ({error}); start again with another out") from None
 
 
-def require_same(job: Job, before: Job) -> None:
+def require_same(job: TrainJob, before: TrainJob) -> None:
     """Raises UserError, naming the field, unless a resumed job computes what the run was begun with."""
     for name, value in job.to_dict().items():
         if name not in FREE and getattr(before, name) != value:
             raise UserError(f"resume: {name} was {getattr(before, name)!r} and is {value!r}; {_way_out(job.out)}")
 
 
-def claim(job: Job, data: str, model: str) -> None:
+def claim(job: TrainJob, data: str, model: str) -> None:
     """Take the folder for a new run, or check that a resumed one is the same job on the same data and model.
 
     Raises UserError that names the field that changed, NoDisk if the folder cannot be written.

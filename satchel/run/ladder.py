@@ -23,7 +23,7 @@ from math import inf, prod, sqrt
 from satchel.core import book
 from satchel.core.book import Entry
 from satchel.core.errors import UserError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
 
 WORTH = 0.05  # a method is tried if it saves an account that makes at least this share of the peak
@@ -35,10 +35,10 @@ LIGHT = 3  # methods that are rehearsed to find the lightest: those that took th
 class Ladder:
     """One climb. `rungs` are those that were tried, in their order."""
 
-    job: Job
+    job: TrainJob
     pricing: Pricing
     rungs: list[Rung] = field(default_factory=list)
-    known: dict[Job, Rung | None] = field(default_factory=dict)  # None: the model does not admit the job
+    known: dict[TrainJob, Rung | None] = field(default_factory=dict)  # None: the model does not admit the job
 
     def climb(self) -> Rung | None:
         """The rung to run; None if nothing of the job's own kind fits. Raises UserError where the job itself would."""
@@ -83,14 +83,14 @@ class Ladder:
         other = Ladder(adapted, self.pricing, known=self.known)
         self.rungs.append(dataclasses.replace(other.climb() or other.smallest(), advice=True))
 
-    def _fit(self, job: Job) -> Rung | None:
+    def _fit(self, job: TrainJob) -> Rung | None:
         """The job with the largest micro-batch that fits, which is noted as a rung; None (and a rung) if none fits."""
         if self._at(self._rows(job, 1)) is None:
             return None
         rung = self._noted(self._largest(job))
         return rung if rung.fits else None
 
-    def _largest(self, job: Job) -> Rung:
+    def _largest(self, job: TrainJob) -> Rung:
         """The job with the largest micro-batch that fits, or with one row at a time."""
         one = self.known.get(self._rows(job, 1))
         if one and not one.fits:
@@ -108,7 +108,9 @@ class Ladder:
             rows -= max(1, rows // 8)
         return one if one.peak_bytes < whole.peak_bytes else whole
 
-    def _options(self, job: Job, fidelity: str, slots: Sequence[str] = SLOTS, cheap: bool = False) -> list[Job]:
+    def _options(
+        self, job: TrainJob, fidelity: str, slots: Sequence[str] = SLOTS, cheap: bool = False
+    ) -> list[TrainJob]:
         """The job with one more slot filled by a method of that fidelity that saves what the peak is made of.
 
         Best first: by measured loss, then unmeasured ones by how little they change; `cheap`: then with their dials at
@@ -116,7 +118,7 @@ class Ladder:
         """
         rung = self._single(job)
         heavy = {account for account, size in rung.accounts.items() if size >= WORTH * rung.peak_bytes}
-        found: list[tuple[tuple, Job]] = []
+        found: list[tuple[tuple, TrainJob]] = []
         for entry in book.entries():
             free = entry.slot in slots and getattr(job, entry.slot) == DEFAULTS[entry.slot] != entry.name
             allowed = entry.slot != "format" or job.adapter != "none"
@@ -124,7 +126,7 @@ class Ladder:
                 found += self._spelled(job, entry, cheap)
         return [changed for _, changed in sorted(found, key=lambda item: item[0])]
 
-    def _hopeful(self, job: Job, options: list[Job]) -> Iterator[Job]:
+    def _hopeful(self, job: TrainJob, options: list[TrainJob]) -> Iterator[TrainJob]:
         """The options that would fit if the method that they add saved all of every account that it saves."""
         rung = self._single(job)
         for option in options:
@@ -133,17 +135,17 @@ class Ladder:
             if rung.peak_bytes - saved <= self.pricing.budget:
                 yield option
 
-    def _light(self, options: list[Job]) -> list[Job]:
+    def _light(self, options: list[TrainJob]) -> list[TrainJob]:
         """The options among which the lightest is looked for: those rehearsed before, and a few that measured light."""
 
-        def memory(job: Job) -> float:
+        def memory(job: TrainJob) -> float:
             found = [self.pricing.measured.get((slot, getattr(job, slot).partition(":")[0])) for slot in SLOTS]
             return prod(each.memory for each in found if each)
 
         light = sorted(options, key=memory)[:LIGHT]
         return [job for job in options if job in light or self._rows(job, 1) in self.known]
 
-    def _spelled(self, job: Job, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, Job]]:
+    def _spelled(self, job: TrainJob, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, TrainJob]]:
         """A method at its defaults and, if `cheap`, with its dial at that end, each with its place in the order."""
         texts = [entry.name]
         if cheap and entry.card.dial and entry.card.fidelity == "approx":
@@ -181,7 +183,7 @@ class Ladder:
         if spelling == getattr(self.job, slot) or (dial := (entry := _entry(rung.job, slot)).card.dial) is None:
             return rung
 
-        def at(value: float) -> Job:
+        def at(value: float) -> TrainJob:
             changed = {"micro_batch": self.job.micro_batch, slot: _spell(entry, value)}
             return dataclasses.replace(rung.job, **changed)
 
@@ -201,23 +203,23 @@ class Ladder:
             self.rungs.append(rung)
         return rung
 
-    def _lightest(self, jobs: list[Job]) -> Job:
+    def _lightest(self, jobs: list[TrainJob]) -> TrainJob:
         admitted = [job for job in jobs if self._at(self._rows(job, 1))]
         return min(admitted, key=lambda job: self._single(job).peak_bytes)
 
-    def _single(self, job: Job) -> Rung:
+    def _single(self, job: TrainJob) -> Rung:
         """One row at a time, or as many as the user asked for."""
         return self._require(self._rows(job, 1))
 
-    def _rows(self, job: Job, rows: int) -> Job:
+    def _rows(self, job: TrainJob, rows: int) -> TrainJob:
         return dataclasses.replace(job, micro_batch=min(self.job.micro_batch or rows, job.batch))
 
-    def _require(self, job: Job) -> Rung:
+    def _require(self, job: TrainJob) -> Rung:
         rung = self._at(job)
         assert rung is not None, f"{job} was found to be no job of this model"
         return rung
 
-    def _at(self, job: Job) -> Rung | None:
+    def _at(self, job: TrainJob) -> Rung | None:
         """The rung of a job; None if the model does not admit it: GaLore projects no matrix of a thin LoRA."""
         if job not in self.known:
             try:
@@ -244,7 +246,7 @@ def bisect(fits: Callable[[float], bool], value: float, neutral: float) -> float
     return value
 
 
-def _entry(job: Job, slot: str) -> Entry:
+def _entry(job: TrainJob, slot: str) -> Entry:
     return book.find(slot, getattr(job, slot).partition(":")[0])
 
 

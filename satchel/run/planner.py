@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from satchel.core.errors import DoesNotFit
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.report import SILENT, Report
 from satchel.core.units import format_bytes, parse_bytes
 from satchel.model.config import ModelConfig
@@ -32,7 +32,7 @@ ROUNDING = 1.005  # what is printed has three digits, and has to do when it is t
 class Plan:
     """The rungs in the order in which they were tried, and the one to run."""
 
-    job: Job
+    job: TrainJob
     budget: str
     budget_bytes: int
     device: str
@@ -90,7 +90,7 @@ class Plan:
 
 
 def plan(
-    job: Job,
+    job: TrainJob,
     config: ModelConfig | None = None,
     extent: Extent | None = None,
     look_for_smallest: bool = True,
@@ -134,7 +134,7 @@ def _climbed(ladder: Ladder, look_for_smallest: bool) -> tuple[Rung | None, Rung
     return chosen, ladder.smallest() if look_for_smallest or not chosen else None
 
 
-def _settled(pricing: Pricing, job: Job, pool: Pool, samples: Callable[[int], Samples] | None) -> bool:
+def _settled(pricing: Pricing, job: TrainJob, pool: Pool, samples: Callable[[int], Samples] | None) -> bool:
     """Have the process grow as it would with the job, inside the budget; False if not even one layer of it fits."""
     full = noise(pricing.config.vocab, pricing.documents(job))
     sizes = samples(job.micro_batch) if samples else Samples([full], [full])

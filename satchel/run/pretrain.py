@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from satchel.core.job import Job, PretrainJob
+from satchel.core.job import PretrainJob, TrainJob
 from satchel.core.report import SILENT, Report
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
@@ -31,5 +31,5 @@ def _begin(job: PretrainJob, report: Report) -> Beginning:
     return Beginning(source.config, tokenizer_from, prompt_of(tokenizer), dataset, load)
 
 
-def _draw(config: ModelConfig, job: Job, device: str) -> Decoder:
+def _draw(config: ModelConfig, job: TrainJob, device: str) -> Decoder:
     return draw(config, DTYPES[job.dtype], device, job.seed)

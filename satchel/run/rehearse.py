@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from satchel.core.book import make
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.seams import Activations, Run, WeightFormat
 from satchel.model.batch import Batch
 from satchel.model.block import Block
@@ -71,7 +71,7 @@ class _NoFiles(FakeReader):
         """Leaves `out` as it is."""
 
 
-def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), device: str = "cpu") -> Rehearsal:
+def rehearse(job: TrainJob, config: ModelConfig, lengths: tuple[int, ...] = (), device: str = "cpu") -> Rehearsal:
     """Rehearse a tune job; it takes about a second, whatever the model's size.
 
     `lengths` are the documents of its largest micro-batch; without, rows of the full context. Raises UserError where
@@ -86,7 +86,7 @@ def rehearse(job: Job, config: ModelConfig, lengths: tuple[int, ...] = (), devic
 
 
 def _rehearse(
-    job: Job, config: ModelConfig, lengths: tuple[int, ...], device: str, trained: frozenset[int]
+    job: TrainJob, config: ModelConfig, lengths: tuple[int, ...], device: str, trained: frozenset[int]
 ) -> Rehearsal:
     """Rehearse a job in whose steps these layers train."""
     rows = job.micro_batch or job.batch
@@ -144,7 +144,7 @@ class _Marking(Activations):
         return marked
 
 
-def _kinds(job: Job, config: ModelConfig, trained: frozenset[int]) -> list[tuple[Hashable, ...]]:
+def _kinds(job: TrainJob, config: ModelConfig, trained: frozenset[int]) -> list[tuple[Hashable, ...]]:
     """What differs between the layers of the model or in how the job runs them, which its policy's functions show."""
     policy = make("activations", job.activations)
     wrap = policy.start(config.layers) if policy else lambda block, index: block
@@ -158,7 +158,7 @@ def _kinds(job: Job, config: ModelConfig, trained: frozenset[int]) -> list[tuple
 
 
 def _stage(
-    job: Job, config: ModelConfig, layers: list[int], trained: frozenset[int], device: str, tracker: Tracker
+    job: TrainJob, config: ModelConfig, layers: list[int], trained: frozenset[int], device: str, tracker: Tracker
 ) -> Assembly:
     """Build and assemble the job with these layers alone, all parameters labelled, every stretch of a step marked."""
     decoder = staged(config, layers, DTYPES[job.dtype], device, make("format", job.format), tracker)
@@ -245,7 +245,7 @@ def _evaluate(assembly: Assembly, batch: Batch) -> None:
     assembly.objective.loss(assembly.model, batch, assembly.rng)
 
 
-def _save(job: Job, assembly: Assembly, tracker: Tracker) -> None:
+def _save(job: TrainJob, assembly: Assembly, tracker: Tracker) -> None:
     """Merge and check as `export` does, if the job does; write what it leaves behind, tensor by tensor, to nowhere."""
     assembly.saver.finish()
     assembly.optimizer.state.clear()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from satchel.core import book
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import whole
 from satchel.model.config import ModelConfig
@@ -26,7 +26,7 @@ GROWTH = 40 << 20  # what a process grows by after `warm_up`: 1 to 70 MiB, mostl
 BLOCKS = 0.03  # of the job's tensors: what CUDA's allocator holds beside them in its blocks; not measured yet
 LOOSE_HEAP = 0.65  # the C library's heap holds this much more than is live, beside the weights; measured in bench/plan
 SLOTS = ("activations", "optimizer", "format")  # that the planner may fill
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(Job)}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainJob)}
 Measurements = dict[tuple[str, str], Measured]
 
 
@@ -44,7 +44,7 @@ class Rung:
     """One way to run the job."""
 
     changes: tuple[str, ...]  # what differs from the job as given, `activations=full`
-    job: Job
+    job: TrainJob
     rehearsal: Rehearsal
     peak_bytes: int  # of the whole process on the device that computes
     accounts: dict[str, int]  # of that peak
@@ -68,7 +68,7 @@ class Rung:
 class Pricing:
     """Makes rungs: rehearses jobs of one model on one device."""
 
-    given: Job
+    given: TrainJob
     config: ModelConfig
     machine: Device
     budget: int
@@ -76,9 +76,9 @@ class Pricing:
     measured: Measurements
     growth: int = GROWTH  # bytes that the process is taken to grow by from now on
     report: Report = SILENT  # is told of each rung
-    rehearsed: dict[Job, Rehearsal] = field(default_factory=dict)  # what needs no second time
+    rehearsed: dict[TrainJob, Rehearsal] = field(default_factory=dict)  # what needs no second time
 
-    def rung(self, job: Job) -> Rung:
+    def rung(self, job: TrainJob) -> Rung:
         """Rehearse a job whose micro-batch is set. Raises UserError where the job itself would."""
         if job not in self.rehearsed:
             self.rehearsed[job] = rehearse(job, self.config, self.documents(job), self.machine.kind)
@@ -104,7 +104,7 @@ class Pricing:
         self.report.rung(rung)
         return rung
 
-    def loss_ratio(self, job: Job) -> float | None:
+    def loss_ratio(self, job: TrainJob) -> float | None:
         """The product over what changed; None if any of it was not measured as it is. Exact methods change nothing."""
         if job.adapter != self.given.adapter:
             return None
@@ -124,7 +124,7 @@ class Pricing:
         found = self.measured.get((slot, name))
         return found.loss if found and (not knobs or not _cheaper(slot, spelling)) else None
 
-    def _costs(self, job: Job) -> Iterator[str]:
+    def _costs(self, job: TrainJob) -> Iterator[str]:
         for slot in ("adapter", *SLOTS):
             spelling = getattr(job, slot)
             if spelling != getattr(self.given, slot):
@@ -139,7 +139,7 @@ class Pricing:
         ratio = self.ratio(slot, spelling)
         return f"{'+'.join(card.spends)} ({'not measured' if ratio is None else f'loss {ratio - 1:+.1%}'})"
 
-    def _seconds(self, job: Job, rehearsal: Rehearsal, step: float) -> dict[str, float]:
+    def _seconds(self, job: TrainJob, rehearsal: Rehearsal, step: float) -> dict[str, float]:
         """Of the whole run by phase."""
         steps = self.extent.steps or job.steps
         if not steps:
@@ -150,7 +150,7 @@ class Pricing:
         phases["evaluate"] *= evaluations * held_out / (job.micro_batch or job.batch)
         return phases | {"train": steps * step}
 
-    def documents(self, job: Job) -> tuple[int, ...]:
+    def documents(self, job: TrainJob) -> tuple[int, ...]:
         """The largest micro-batch, with the filler that makes it whole."""
         lengths = (self.extent.lengths or (job.context,)) * job.micro_batch
         filler = whole(sum(lengths)) - sum(lengths)
@@ -167,7 +167,7 @@ def process_bytes(kind: str, tensors: int, weights: int, growth: int) -> int:
     return resident_bytes() - pool.resident_bytes + growth
 
 
-def changed_slots(given: Job, job: Job) -> list[str]:
+def changed_slots(given: TrainJob, job: TrainJob) -> list[str]:
     """The slots that the planner may fill and has filled."""
     return [slot for slot in SLOTS if getattr(job, slot) != getattr(given, slot)]
 
@@ -182,7 +182,7 @@ def _cheaper(slot: str, spelling: str) -> bool:
     return (value - usual) * (high - low) < 0
 
 
-def _differences(given: Job, changed: Job) -> tuple[str, ...]:
+def _differences(given: TrainJob, changed: TrainJob) -> tuple[str, ...]:
     if changed.micro_batch == given.batch:  # the default: all rows at once
         changed = dataclasses.replace(changed, micro_batch=given.micro_batch)
     names = [f.name for f in dataclasses.fields(given)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.errors import Diverged, JobError, SatchelError, UserError
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import Batch
 from satchel.run.assemble import Assembly
@@ -66,7 +66,7 @@ class TrainResult:
 
 
 def train(
-    job: Job, assembly: Assembly, dataset: Dataset, report: Report = SILENT, governor: Governor | None = None
+    job: TrainJob, assembly: Assembly, dataset: Dataset, report: Report = SILENT, governor: Governor | None = None
 ) -> TrainResult:
     """Run the job to its last step, or from its last checkpoint if `job.resume`, or until ctrl-C.
 
@@ -79,7 +79,7 @@ def train(
 class Trainer:
     """The state of one run."""
 
-    def __init__(self, job: Job, assembly: Assembly, dataset: Dataset, report: Report, governor: Governor) -> None:
+    def __init__(self, job: TrainJob, assembly: Assembly, dataset: Dataset, report: Report, governor: Governor) -> None:
         self.job, self.assembly, self.dataset, self.report, self.governor = job, assembly, dataset, report, governor
         self.out = Path(job.out)
         self.device = assembly.parameters[0][1].device

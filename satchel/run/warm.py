@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 
 from satchel.core.book import make
-from satchel.core.job import Job
+from satchel.core.job import TrainJob
 from satchel.model.batch import Batch
 from satchel.model.config import ModelConfig
 from satchel.model.decoder import Decoder
@@ -32,7 +32,7 @@ TOKENS = 1024  # at most
 USED_LATER = ("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "matplotlib.figure")  # if installed
 
 
-def warm_up(job: Job, config: ModelConfig, device: str) -> None:
+def warm_up(job: TrainJob, config: ModelConfig, device: str) -> None:
     """Two optimizer steps, an evaluation and what export does, on a model of one block; about a second."""
     for name in USED_LATER:
         if find_spec("tensorboard" if "tensorboard" in name else "matplotlib"):
@@ -52,7 +52,7 @@ class Samples:
     evaluated: list[Batch]
 
 
-def settle(job: Job, config: ModelConfig, device: str, samples: Samples) -> None:
+def settle(job: TrainJob, config: ModelConfig, device: str, samples: Samples) -> None:
     """The same with what the miniature leaves out: the whole vocabulary, the job's own methods, batches of the sizes
     that the run will see. It takes less than the job itself, which has more layers, and leaves little to grow by.
 
@@ -85,12 +85,12 @@ def _merge(assembly: Assembly) -> None:
     merge_checked(assembly.model, torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64))
 
 
-def real(job: Job, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
+def real(job: TrainJob, config: ModelConfig, device: str, lengths: tuple[int, ...]) -> tuple[Assembly, Batch]:
     """A model of random weights, ready to train, and a micro-batch of random tokens."""
     return shell(job, config, device), noise(config.vocab, lengths).to(device)
 
 
-def shell(job: Job, config: ModelConfig, device: str) -> Assembly:
+def shell(job: TrainJob, config: ModelConfig, device: str) -> Assembly:
     """A model of random weights, ready to train."""
     decoder = Decoder(config, DTYPES[job.dtype], device)
     decoder.init_weights(torch.Generator(device).manual_seed(0))

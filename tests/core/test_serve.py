@@ -1,7 +1,7 @@
 import pytest
 
 from satchel.core.errors import UnknownName, UserError
-from satchel.core.serve import ServeJob, serve_knobs
+from satchel.core.serve import ServeJob
 
 
 def test_a_job_comes_back_from_its_values_and_from_toml(tmp_path):
@@ -38,4 +38,4 @@ def test_an_unknown_or_missing_key_is_named():
 
 
 def test_every_key_explains_itself():
-    assert all(knob.comment for knob in serve_knobs())
+    assert all(knob.comment for knob in ServeJob.knobs())
