@@ -6,6 +6,7 @@ Children are forked before any thread has started, so that torch is imported onl
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import itertools
 import json
@@ -28,7 +29,7 @@ from bench._tune_satchel import rows
 from satchel.core.job import TuneJob
 from satchel.model.load import load
 from satchel.run.assemble import DTYPES, assemble
-from satchel.run.checkpoint import LATEST, damage, sha256
+from satchel.run.checkpoint import LATEST, damage
 from satchel.run.data import Dataset
 from satchel.run.metrics import read_metrics
 from satchel.run.trainer import train
@@ -43,7 +44,7 @@ class Tally:
 
     kills: int = 0
     while_saving: int = 0  # of the kills: a half-written checkpoint was left
-    whole: int = 0  # of the kills: `latest` named a checkpoint whose hashes matched
+    whole: int = 0  # of the kills: `latest` named a checkpoint whose checksums matched
     runs: int = 0  # that were killed, resumed and killed again until they ended
     identical: int = 0  # of the runs: checkpoint and losses of one that was never killed
     faults: list[str] = field(default_factory=list)
@@ -86,7 +87,9 @@ class Child:
 def outcome(out: Path) -> dict[str, Any]:
     """Hashes of the last checkpoint's tensors, its step, and the loss of every step."""
     folder = out / "checkpoints" / (out / "checkpoints" / LATEST).read_text()
-    hashes: dict[str, Any] = {file: sha256(folder / f"{file}.safetensors") for file in FILES}
+    hashes: dict[str, Any] = {
+        file: hashlib.sha256((folder / f"{file}.safetensors").read_bytes()).hexdigest() for file in FILES
+    }
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
     return hashes | {"step": folder.name, "losses": losses}
 

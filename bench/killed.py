@@ -2,7 +2,7 @@
 
 A model of a million parameters trains for 30 steps and saves after every one, in a child process that is killed at a
 random moment, resumed, and killed again, until a run ends; then the next run begins. After every kill `latest` has to
-name a checkpoint whose hashes match; at the end of every run its checkpoint and all losses have to be, bit for bit,
+name a checkpoint whose checksums match; at the end of every run its checkpoint and all losses have to be, bit for bit,
 those of a run that was never killed. With --work a bench that was stopped goes on from the jobs that are done.
 """
 

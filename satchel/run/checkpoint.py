@@ -2,7 +2,7 @@
 
     parameters.safetensors   what trains
     optimizer.safetensors    the tensors of the optimizer's state, and state.json everything else
-    manifest.json            the SHA-256 of each of them
+    manifest.json            the CRC-32 of each of them
 
 A checkpoint is written to a hidden folder, flushed to the disk, renamed, and only then `latest` is replaced; the last
 two are kept. When its bytes are read and written is the affair of the saver, a method of the slot `checkpoint`; tensors
@@ -11,10 +11,10 @@ lie in their files largest first, as that copies them. Nothing is ever unpickled
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from satchel.model.stored import Part, Reader
 
 KEPT = 2
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
+PIECE = 1 << 20  # bytes of a file that are read at once
 SLACK_BYTES = 1 << 20  # headers, JSON and the folder itself
 
 State = dict[str, Any]  # JSON values
@@ -44,7 +45,7 @@ State = dict[str, Any]  # JSON values
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint whose hashes were found to match."""
+    """A checkpoint whose checksums were found to match."""
 
     folder: Path
     state: State
@@ -176,14 +177,14 @@ class _Outline:
 
     def fill(self, draft: Path, streams: Mapping[str, Iterable[memoryview]]) -> None:
         """Write the files of the checkpoint into a folder, and flush them to the disk."""
-        hashes: dict[str, str] = {}
+        sums: dict[str, str] = {}
         for stem, stream in streams.items():
-            digest, path = hashlib.sha256(), draft / f"{stem}.safetensors"
-            write_pieces(path, chain([self.headers[stem]], stream), digest.update)
-            hashes[path.name] = digest.hexdigest()
+            checksum, path = Checksum(), draft / f"{stem}.safetensors"
+            write_pieces(path, chain([self.headers[stem]], stream), checksum.update)
+            sums[path.name] = str(checksum)
         write_text(draft / STATE, self.state)
-        hashes[STATE] = sha256(draft / STATE)
-        write_text(draft / MANIFEST, json.dumps({"sha256": hashes}, indent=1))
+        sums[STATE] = str(checksum_of(draft / STATE))
+        write_text(draft / MANIFEST, json.dumps({"crc32": sums}, indent=1))
         sync(draft)
 
 
@@ -201,13 +202,13 @@ def _nbytes(files: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is there and has its hash."""
+    """What is wrong with a checkpoint; None if every file is there and has its checksum."""
     try:
-        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
-        wrong = [name for name, digest in hashes.items() if sha256(folder / name) != digest]
+        sums = json.loads((folder / MANIFEST).read_text())["crc32"]
+        wrong = [name for name, saved in sums.items() if str(checksum_of(folder / name)) != saved]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-    return f"{wrong[0]} does not have the hash it was saved with" if wrong else None
+    return f"{wrong[0]} does not have the checksum it was saved with" if wrong else None
 
 
 def pull_tensors(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -240,7 +241,23 @@ def push_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Checksum:
+    """The CRC-32 of bytes that come piece by piece; as text it is 8 hexadecimal digits."""
+
+    value = 0
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """The next bytes."""
+        self.value = zlib.crc32(piece, self.value)
+
+    def __str__(self) -> str:
+        return f"{self.value:08x}"
+
+
+def checksum_of(path: Path) -> Checksum:
+    """That of a file, read in pieces."""
+    checksum, piece = Checksum(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            checksum.update(piece[:count])
+    return checksum

@@ -2,14 +2,14 @@
 
     save     hands the tensors over and returns: they change only in the next update
     copy     during the next forward and backward pass a thread copies them into one ring buffer, largest first
-    flush    another hashes and writes each piece as soon as it is there, and frees its room; at the end it commits
+    flush    another sums up and writes each piece as soon as it is there, and frees its room; at the end it commits
     update   waits for the copies alone: for the disk only as far as what is still to be copied exceeds the ring
 
 The files are those of `blocking`, byte for byte. Saves the time that the loop waits; spends `ring_mib` of memory, with
 a GPU pinned memory of its host. If a checkpoint is not on the disk when the next one is due, the loop waits for it: the
 disk is then slower than the steps, whatever the ring.
 
-Copying, hashing and writing a gigabyte takes a second of one core. On Linux the threads that do it take what the step
+Copying, summing and writing a gigabyte takes a core half a second. On Linux the threads that do it take what the step
 leaves idle: `nice` says how far they stand back. Where other programs take all cores they then wait for those, too, and
 the update for them; there nice=0 is quicker.
 Paper: https://arxiv.org/abs/2406.10707

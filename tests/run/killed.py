@@ -5,6 +5,7 @@ losses. Children are forked before any thread has started, so that torch is impo
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -20,7 +21,6 @@ import torch
 from satchel.core.job import PretrainJob
 from satchel.run import trainer
 from satchel.run.assemble import assemble
-from satchel.run.checkpoint import sha256
 from satchel.run.data import read_dataset
 from satchel.run.folder import CLAIM
 from satchel.run.metrics import read_metrics
@@ -50,7 +50,8 @@ def run(job):
 def outcome(out):
     """Hashes of the last checkpoint's tensors, and the loss of every step."""
     folder = out / "checkpoints" / (out / "checkpoints/latest").read_text()
-    hashes = {file: sha256(folder / f"{file}.safetensors") for file in ("parameters", "optimizer")}
+    files = ("parameters", "optimizer")
+    hashes = {file: hashlib.sha256((folder / f"{file}.safetensors").read_bytes()).hexdigest() for file in files}
     return hashes | {"losses": [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]}
 
 
