@@ -50,6 +50,7 @@ PLAIN |= {"batch": BATCH, "micro_batch": BATCH, "context": CONTEXT}
 VOCABULARY = 4096  # of the model from scratch; rarer tokens are one
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
 SWEEP_SEED = 100
+CEILING = 1.12  # of the loss ratios that are drawn where they lie
 MOST = 4  # doublings of a usual learning rate, and halvings
 TIMED = 6  # steps of a run that is timed
 LEAN = "moments=8bit"
@@ -298,11 +299,11 @@ def state_at_peak(line: dict[str, Any]) -> int:
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Peak against held-out loss, a panel a job; needs matplotlib."""
+    """Peak against held-out loss, a panel a job, points by number; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(15, 9), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, job in zip(figure.subplots(1, len(JOBS)), JOBS, strict=True):
         points = {}
@@ -311,12 +312,21 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
                 points[line["optimizer"]] = line["peak ratio"], float(line["loss ratio"].split()[0])
         front = sorted(point for point in points.values() if best_of_its_size(point, points.values()))
         panel.plot(*zip(*front, strict=True), color="grey", linewidth=1) if front else None
-        for name, point in points.items():
-            panel.plot(*point, "o")
-            panel.annotate(name.replace(",", ",\n"), point, fontsize=7)
+        for number, (name, (peak, loss)) in enumerate(points.items(), 1):
+            above, fused = loss > CEILING, "layerwise=true" in name or name.startswith("lomo")
+            at, marker = (peak, min(loss, CEILING)), "^" if above else "s" if fused else "o"
+            panel.plot(*at, marker, color="tab:blue" if fused else "tab:orange", label=f"{number}  {name}")
+            said = f"{number}: {loss:.2f}" if above else str(number)
+            panel.annotate(said, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
         panel.axhline(1.02, color="grey", linestyle=":")
         panel.axvline(0.45, color="grey", linestyle=":")
+        panel.set_ylim(top=CEILING + 0.01)
         panel.set(title=job.name, xlabel="peak of tensors, AdamW's = 1", ylabel="held-out loss, AdamW's = 1")
+        if points:
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=7, frameon=False)
+    figure.text(
+        0.5, 1.0, "squares update within the backward pass; triangles lie above", ha="center", va="top", fontsize=8
+    )
     figure.savefig(path, dpi=110)
 
 
