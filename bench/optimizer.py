@@ -22,7 +22,7 @@ import argparse
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -55,6 +55,7 @@ MOST = 4  # doublings of a usual learning rate, and halvings
 TIMED = 6  # steps of a run that is timed
 LEAN = "moments=8bit"
 LISA, WIDER_LISA = "lisa:period=5", "lisa:gamma=4,period=5"
+OF_THE_RUN = ("gap", "period")  # knobs that a longer run has larger
 RANKED = ("galore", "natural_galore", "apollo", "gradnormlorp")  # a quarter of the model's width
 
 
@@ -84,6 +85,7 @@ class Job:
         half += ["frugal:density=0.125,gap=40", "apollo_mini:gap=40"]
         fused = [*half, *(knobs[name] for name in ("apollo", "frugal", "gradnormlorp"))]
         lean += [f"{spelling},{LEAN},layerwise=true" for spelling in fused]
+        lean += [f"{name}:layerwise=true" for name in (BASE, "adamw8bit", "adafactor")]
         return [*found, "lomo:form=ada", WIDER_LISA, *lean]
 
 
@@ -262,6 +264,7 @@ def row(job: Job, optimizer: str, bench: Bench, seeds: list[int], rehearsed: Reh
         "held-out loss": interval(list(ours.values())),
         "loss ratio": interval(ratios or [math.nan]),
         "seeds": len(lines),
+        "steps": lines[0]["steps"],
         "peak, MiB": round(peak / MIB),
         "peak ratio": round(peak / peaks, 3),
         "rehearsed": f"{train.peak_bytes / peak - 1:+.1%}",
@@ -278,6 +281,30 @@ def rehearsal(bench: Bench, job: Job, optimizer: str) -> Rehearsal:
     return rehearse(TuneJob.from_dict(PLAIN | {"model": model, "data": "demo", "optimizer": optimizer}), config)
 
 
+def quality(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the planner knows of the optimizers: of each form that was measured, its ratios to AdamW, tuning."""
+    job, found = JOBS[0], []
+    lines = {line["optimizer"]: line for line in table if line["job"] == job.name and "loss ratio" in line}
+    spelled = {name: planned(job, name) for name in lines if name != BASE and BASE in lines}
+    for name, line in ((name, lines[name]) for name, spelling in spelled.items() if spelling):
+        ours, plain = (each["peak, MiB"] - account_at_peak(each, "weights") for each in (line, lines[BASE]))
+        ratios = {"memory": round(ours / plain, 4), "loss": float(line["loss ratio"].split()[0])}
+        found.append({"slot": "optimizer", "method": spelled[name], "steps": line["steps"]} | ratios)
+    return found
+
+
+def planned(job: Job, spelling: str) -> str | None:
+    """How the planner spells a form: without what suits the length of a run and the model's width; None if that makes
+    it another form."""
+    method = book.make("optimizer", spelling)
+    usual = type(method)()
+    changed = {name: getattr(usual, name) for name in OF_THE_RUN if hasattr(method, name)}
+    if getattr(method, "rank", None) == job.rank:
+        changed["rank"] = usual.rank
+    plain = replace(method, **changed)
+    return str(plain) if getattr(plain, "rank", None) == getattr(usual, "rank", None) else None
+
+
 def findings(table: list[dict[str, Any]]) -> dict[str, Any]:
     """What the table shows in all: who is lean and good, and how far rehearsals were off."""
     measured = [line for line in table if "peak ratio" in line]
@@ -286,16 +313,16 @@ def findings(table: list[dict[str, Any]]) -> dict[str, Any]:
     for job in JOBS:
         good = [line for line in measured if line["job"] == job.name and float(line["loss ratio"].split()[0]) <= 1.02]
         found[f"{job.name}: loss <= 1.02 at peak <= 0.45"] = [x["optimizer"] for x in good if x["peak ratio"] <= 0.45]
-        state = {line["optimizer"]: state_at_peak(line) for line in measured if line["job"] == job.name}
+        state = {line["optimizer"]: account_at_peak(line, "optimizer") for line in measured if line["job"] == job.name}
         if {LISA, WIDER_LISA} <= state.keys():
             outside = 2 * state[LISA] - state[WIDER_LISA]  # two layers' state less
             found[f"{job.name}: share of LISA's state that lies outside of the layers"] = outside / state[LISA]
     return found
 
 
-def state_at_peak(line: dict[str, Any]) -> int:
-    """The optimizer's account of a row, MiB; after the last step a method in turns has let go of some of it."""
-    return int(dict(re.findall(r"(\w+) (\d+)", line["by account, MiB"])).get("optimizer", 0))
+def account_at_peak(line: dict[str, Any], name: str) -> int:
+    """An account of a row, MiB. Of state: after the last step a method in turns has let go of some of it."""
+    return int(dict(re.findall(r"(\w+) (\d+)", line["by account, MiB"])).get(name, 0))
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
@@ -397,7 +424,8 @@ def report(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Name
         else:
             table += [line for line in bench.earlier.table if line["job"] == job.name]
     title = f"All parameters in bf16, {BATCH} x {CONTEXT} tokens a step, {asked.steps} steps, from scratch 3 times that"
-    rest = {"arguments": told(asked), "findings": findings(table), "runs": bench.runs + runs}
+    rest = {"arguments": told(asked), "findings": findings(table), "quality": quality(table)}
+    rest |= {"runs": bench.runs + runs}
     path = write("optimizer", title, table, quiet=True, **rest)
     draw(table, RESULTS / "optimizer.png")
     return path

@@ -5,7 +5,8 @@ the same tokens in the same order, the same learning rate and clip. Each measure
 comparisons are repeated in rounds of changing order, and medians are reported. Ratios are ours to theirs.
 
 `quality` holds each method that the planner may choose, as it would choose it, against the plain job of its slot: our
-side alone, ratios of held-out loss, CPU seconds a step and memory. `make docs` hands it to the planner.
+side alone, ratios of held-out loss, CPU seconds a step and memory. `make docs` hands it to the planner. Optimizers are
+compared by bench/optimizer.py.
 
 An interrupted bench goes on with `--resume`: what its results file holds is kept, what is missing is measured. Every
 single measurement says of which commit it is.
@@ -42,7 +43,7 @@ PEFT, PEER_FULL = {"adapter": "lora", "lr": 1e-3}, {"adapter": "none", "lr": 1e-
 WITH_PEFT, WITH_TORCH = "transformers + PEFT", "transformers + torch AdamW"
 MIB = 1 << 20
 RATIOS = {"memory": "above_model_bytes", "CPU": "cpu_s", "loss": "held_out"}  # column: what is compared
-PLAIN = {"optimizer": FULL, "activations": LORA, "format": LORA}  # slots that the planner fills: their plain jobs
+PLAIN = {"activations": LORA, "format": LORA}  # slots that the planner fills, but for optimizers: their plain jobs
 CELLS = {  # column: quantity, its unit, digits
     "MiB above the model": ("above_model_bytes", MIB, 0),
     "CPU s/step": ("cpu_s", 1, 2),
@@ -214,12 +215,7 @@ def ours(settings: dict[str, Any]) -> Side:
 def choices() -> dict[tuple[str, str], Side]:
     """What the planner may choose, by slot and method: the plain job of the slot with that method at its defaults."""
     found = (e for e in book.entries() if e.slot in PLAIN and e.name != DEFAULTS[e.slot] and e.card.fidelity != "study")
-    return {(entry.slot, entry.name): ours(PLAIN[entry.slot] | usual(entry.slot, entry.name)) for entry in found}
-
-
-def usual(slot: str, name: str) -> dict[str, Any]:
-    """The method, an optimizer with its usual learning rate."""
-    return {slot: name} | ({"lr": 0.0} if slot == "optimizer" else {})
+    return {(entry.slot, entry.name): ours(PLAIN[entry.slot] | {entry.slot: entry.name}) for entry in found}
 
 
 def quality(bench: Bench, steps: int) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """Write what is generated: docs/METHODS.md from the cards, docs/RESULTS.md from bench/results, README.md's tour and
-summary from docs/tour.txt and these, satchel/run/measured.json, what the planner knows of the methods, from tune.json.
+summary from docs/tour.txt and these, satchel/run/measured.json, what the planner knows of the methods.
 
 python docs/generate.py            write        python docs/generate.py --check    exit 1 if anything would change
 """
@@ -16,6 +16,10 @@ from satchel.run.measured import FILE, RATIOS
 
 ROOT = Path(__file__).parent.parent
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
+PLANNED = {
+    "tune": ("activations", "format"),
+    "optimizer": ("optimizer",),
+}  # benches: slots that they measure for the planner
 RESULT = {"exact": "exact", "approx": "near", "study": "study"}
 
 
@@ -109,13 +113,18 @@ def _cell(text: str) -> str:
 
 
 def measured() -> str:
-    """The `quality` of the tune bench and where it is from, as the installed package carries it."""
-    path = ROOT / "bench" / "results" / "tune.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    origin = {name: found.get(name) for name in ("commit", "dirty", "date", "machine", "title")}
-    columns = ("slot", "method", "steps", *RATIOS)
-    methods = [{column: line[column] for column in columns} for line in found.get("quality", [])]
-    return json.dumps({"bench": "tune"} | origin | {"methods": methods}, indent=1) + "\n"
+    """The `quality` of the benches whose methods the planner may choose, and where it is from, as the installed package
+    carries it."""
+    benches, methods = [], []
+    for name, slots in PLANNED.items():
+        path = ROOT / "bench" / "results" / f"{name}.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        benches.append(
+            {"bench": name} | {key: found.get(key) for key in ("commit", "dirty", "date", "machine", "title")}
+        )
+        lines = (line for line in found.get("quality", []) if line["slot"] in slots)
+        methods += [{column: line[column] for column in ("slot", "method", "steps", *RATIOS)} for line in lines]
+    return json.dumps({"benches": benches, "methods": methods}, indent=1) + "\n"
 
 
 def tour() -> str:

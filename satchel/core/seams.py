@@ -39,6 +39,11 @@ class Method(ABC):
         """The file's stem, which is the method's name everywhere."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """The accounts and costs that it saves of with these knobs; what its card says, unless a knob adds to them."""
+        return self.card.saves
+
     def knobs(self) -> dict[str, Any]:
         """Knob name to value, in the order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

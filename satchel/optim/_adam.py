@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from satchel.optim._landing import Landing, keep, low_bits
+from satchel.optim._fused import Layerwise
+from satchel.optim._landing import keep, low_bits
 from satchel.optim._shared import Stepper, adam_, decay_groups, gradient, store_name, zero_moments
 
 STEPPER_KNOBS = ("beta1", "beta2", "eps", "rounding", "moments")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(Landing):
+class Adam(Layerwise):
     """Knobs of every Adam; a subclass has or fixes `moments`."""
 
     beta1: float = 0.9  # decay of the first moment, [0, 1)
@@ -30,7 +31,8 @@ class Adam(Landing):
 
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> AdamStepper:
         """A torch optimizer over the parameters; see `AdamStepper`."""
-        return AdamStepper(decay_groups(named_parameters, self.weight_decay), lr, seed, **self.stepper_knobs())
+        groups = decay_groups(named_parameters, self.weight_decay)
+        return self.within(AdamStepper)(groups, lr, seed, **self.stepper_knobs())
 
     def stepper_knobs(self) -> dict[str, Any]:
         """What a stepper needs to know in every group."""

@@ -9,6 +9,7 @@ Paper: https://arxiv.org/abs/2306.09782
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
@@ -17,9 +18,28 @@ from torch import Tensor
 
 from satchel.core.errors import UserError
 from satchel.core.seams import Closure
+from satchel.optim._landing import Landing
 from satchel.optim._shared import Stepper, gradient
 
 Kind = TypeVar("Kind", bound=Stepper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise(Landing):
+    """A method that updates after the backward pass or, with `layerwise`, within it: each parameter as soon as its
+    gradient is whole, which is freed at once. The same result, for a second backward pass where gradients are clipped.
+    """
+
+    layerwise: bool = False  # update within the backward pass, and free each gradient at once
+
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """See `Method`."""
+        return (*self.card.saves, "gradients") if self.layerwise else self.card.saves
+
+    def within(self, stepper: type[Kind]) -> type[Kind]:
+        """The class of a stepper of this method, whose updates happen as `layerwise` says."""
+        return within_backward(stepper) if self.layerwise else stepper
 
 
 class PlainClosure(Closure):

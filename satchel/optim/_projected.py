@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from satchel.optim._adam import Adam, AdamStepper
-from satchel.optim._fused import within_backward
 from satchel.optim._landing import keep, low_bits
 from satchel.optim._projector import in_block, row_parts
 from satchel.optim._shared import STORES, adam_, decay_groups, move_, store_name, zero_moments
@@ -22,14 +21,9 @@ MOMENTS = ("follow", *STORES)
 
 @dataclass(frozen=True, kw_only=True)
 class Projected(Adam):
-    """A method that has its own way with the matrices of blocks; embeddings, head, norms and biases take AdamW.
-
-    With `layerwise` each parameter is updated within the backward pass and its gradient freed at once: the same result,
-    for a second backward pass where gradients are clipped.
-    """
+    """A method that has its own way with the matrices of blocks; embeddings, head, norms and biases take AdamW."""
 
     moments: Literal["follow", "fp32", "bf16", "8bit"] = "follow"  # storage of moments; follow: the parameter's dtype
-    layerwise: bool = False  # update within the backward pass, and free each gradient at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,8 +38,7 @@ class Projected(Adam):
         groups = projected_groups(named_parameters, self.projects, self.weight_decay)
         sides = [min(p.shape) for name, p in named_parameters if in_block(name, p)]
         self.require(any(group["projected"] for group in groups), self.without_matrix(max(sides, default=0)))
-        stepper = within_backward(self.stepper()) if self.layerwise else self.stepper()
-        return stepper(groups, lr, seed, **self.stepper_knobs())
+        return self.within(self.stepper())(groups, lr, seed, **self.stepper_knobs())
 
     def without_matrix(self, side: int) -> str:
         """The complaint if nothing is projected; `side` is the largest smaller side of a block's matrix, or 0."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from satchel.core.errors import UserError
 from satchel.optim._adam import Adam, AdamStepper
+from satchel.optim._fused import FusedStepper
 from satchel.optim._shared import STORES, Stepper, decay_groups
 
 BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
@@ -191,7 +192,8 @@ class InTurns(Adam):
         for _, p in named_parameters:
             p.requires_grad_(p.requires_grad and id(p) in trained)
         groups = decay_groups([pair for pair in named_parameters if id(pair[1]) in trained], self.weight_decay)
-        optimizer = InTurnsStepper(groups, lr, seed, **self.stepper_knobs())
+        stepper = LayerwiseInTurnsStepper if self.layerwise else InTurnsStepper
+        optimizer = stepper(groups, lr, seed, **self.stepper_knobs())
         optimizer.sample(blocks, self.sampler)
         return optimizer
 
@@ -202,3 +204,7 @@ class InTurns(Adam):
 
 class InTurnsStepper(SampledStepper, AdamStepper):
     """State as AdamW's, of what trains now."""
+
+
+class LayerwiseInTurnsStepper(InTurnsStepper, FusedStepper, AdamStepper):
+    """The same within the backward pass. Adam comes last: torch gives a class that was built once its own `step`."""

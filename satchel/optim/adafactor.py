@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
-from satchel.optim._landing import Landing, keep, low_bits, put_
+from satchel.optim._fused import Layerwise
+from satchel.optim._landing import keep, low_bits, put_
 from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, gradient, master, widen
 
 # B matrices of a parameter, one unless it has more than two dimensions; O rows, I columns
@@ -30,7 +31,7 @@ LEAST_SCALE = 1e-3  # of a parameter, where steps are relative
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor(Landing):
+class Adafactor(Layerwise):
     """Factored second moments."""
 
     card = Card(
@@ -53,8 +54,8 @@ class Adafactor(Landing):
 
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> AdafactorStepper:
         """A torch optimizer over the parameters; see `AdafactorStepper`."""
-        knobs = {name: value for name, value in self.knobs().items() if name != "weight_decay"}
-        return AdafactorStepper(decay_groups(named_parameters, self.weight_decay), lr, seed, **knobs)
+        knobs = {name: value for name, value in self.knobs().items() if name not in ("weight_decay", "layerwise")}
+        return self.within(AdafactorStepper)(decay_groups(named_parameters, self.weight_decay), lr, seed, **knobs)
 
 
 class AdafactorStepper(Stepper):

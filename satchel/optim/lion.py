@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
-from satchel.optim._landing import Landing, keep, keep_average_, low_bits, put_
+from satchel.optim._fused import Layerwise
+from satchel.optim._landing import keep, keep_average_, low_bits, put_
 from satchel.optim._shared import (
     STORES,
     Stepper,
@@ -36,7 +37,7 @@ from satchel.optim._shared import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lion(Landing):
+class Lion(Layerwise):
     """Sign descent along an interpolated momentum."""
 
     card = Card(
@@ -67,8 +68,8 @@ class Lion(Landing):
 
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> LionStepper:
         """A torch optimizer over the parameters; see `LionStepper`."""
-        knobs = {name: value for name, value in self.knobs().items() if name != "weight_decay"}
-        return LionStepper(decay_groups(named_parameters, self.weight_decay), lr, seed, **knobs)
+        knobs = {name: value for name, value in self.knobs().items() if name not in ("weight_decay", "layerwise")}
+        return self.within(LionStepper)(decay_groups(named_parameters, self.weight_decay), lr, seed, **knobs)
 
 
 class LionStepper(Stepper):

@@ -3,10 +3,10 @@
 1. Smaller micro-batches, which leave the result as it is; so at every later rung.
 2. Exact methods that save an account of the peak, in slots that the user left at their default; the quickest that
    fits.
-3. On top of the lightest of these, approximate methods in the order of the held-out loss that the tune bench measured;
-   those it has not measured come behind, the one that changes the peak least first. One that could not fit if it saved
-   all of what it is there to save is not tried. Until one fits, the lightest stays and the next slot is filled. If
-   nothing fits, the same again with dials at their cheap end.
+3. On top of the lightest of these, approximate methods, in every form that a bench measured, in the order of the
+   held-out loss that it found; those without a measurement come behind, the one that changes the peak least first.
+   One that could not fit if it saved all of what it is there to save is not tried. Until one fits, the lightest stays
+   and the next slot is filled. If nothing fits, the same again with dials at their cheap end.
 4. What was found is improved slot by slot: a change that is not needed after all goes, a method of better measured
    quality comes in its place, and dials are turned, by bisection, to the most neutral value that fits.
 
@@ -24,11 +24,12 @@ from satchel.core import book
 from satchel.core.book import Entry
 from satchel.core.errors import UserError
 from satchel.core.job import TrainJob
+from satchel.core.seams import Method
 from satchel.run.rung import DEFAULTS, SLOTS, Pricing, Rung, changed_slots
 
 WORTH = 0.05  # a method is tried if it saves an account that makes at least this share of the peak
 TURNS = 4  # rehearsals to turn one dial
-LIGHT = 3  # methods that are rehearsed to find the lightest: those that took the least memory in the tune bench
+LIGHT = 3  # methods that are rehearsed to find the lightest: those that took the least memory in a bench
 
 
 @dataclass
@@ -120,10 +121,10 @@ class Ladder:
         heavy = {account for account, size in rung.accounts.items() if size >= WORTH * rung.peak_bytes}
         found: list[tuple[tuple, TrainJob]] = []
         for entry in book.entries():
-            free = entry.slot in slots and getattr(job, entry.slot) == DEFAULTS[entry.slot] != entry.name
+            free = entry.slot in slots and getattr(job, entry.slot) == DEFAULTS[entry.slot]
             allowed = entry.slot != "format" or job.adapter != "none"
-            if free and allowed and entry.card.fidelity == fidelity and heavy & set(entry.card.saves):
-                found += self._spelled(job, entry, cheap)
+            if free and allowed and entry.card.fidelity == fidelity:
+                found += self._spelled(job, entry, heavy, cheap)
         return [changed for _, changed in sorted(found, key=lambda item: item[0])]
 
     def _hopeful(self, job: TrainJob, options: list[TrainJob]) -> Iterator[TrainJob]:
@@ -131,7 +132,7 @@ class Ladder:
         rung = self._single(job)
         for option in options:
             (slot,) = (slot for slot in SLOTS if getattr(option, slot) != getattr(job, slot))
-            saved = sum(rung.accounts.get(account, 0) for account in _entry(option, slot).card.saves)
+            saved = sum(rung.accounts.get(account, 0) for account in set(_method(option, slot).saves))
             if rung.peak_bytes - saved <= self.pricing.budget:
                 yield option
 
@@ -139,25 +140,28 @@ class Ladder:
         """The options among which the lightest is looked for: those rehearsed before, and a few that measured light."""
 
         def memory(job: TrainJob) -> float:
-            found = [self.pricing.measured.get((slot, getattr(job, slot).partition(":")[0])) for slot in SLOTS]
+            found = [self.pricing.measurement(slot, getattr(job, slot)) for slot in SLOTS]
             return prod(each.memory for each in found if each)
 
         light = sorted(options, key=memory)[:LIGHT]
         return [job for job in options if job in light or self._rows(job, 1) in self.known]
 
-    def _spelled(self, job: TrainJob, entry: Entry, cheap: bool) -> Iterator[tuple[tuple, TrainJob]]:
-        """A method at its defaults and, if `cheap`, with its dial at that end, each with its place in the order."""
-        texts = [entry.name]
-        if cheap and entry.card.dial and entry.card.fidelity == "approx":
-            texts.append(_spell(entry, entry.card.dial[1]))
-        for number, text in enumerate(texts):
-            changed = dataclasses.replace(job, **{entry.slot: text})
-            found = self.pricing.measured.get((entry.slot, entry.name))
-            if found and entry.card.fidelity == "approx":  # rehearsed when its turn comes
-                yield (number, found.loss, found.cpu), changed
+    def _spelled(self, job: TrainJob, entry: Entry, heavy: set[str], cheap: bool) -> Iterator[tuple[tuple, TrainJob]]:
+        """A method at its defaults, in every form that was measured and, if `cheap`, with its dial at that end: those
+        that save of a heavy account, each with its place in the order."""
+        slot, approx = entry.slot, entry.card.fidelity == "approx"
+        texts = dict.fromkeys([entry.name, *self.pricing.forms(entry)], 0)
+        if cheap and entry.card.dial and approx:
+            texts = {_turn(slot, text, entry.card.dial[1]): 1 for text in texts} | texts
+        for text, number in texts.items():
+            changed = dataclasses.replace(job, **{slot: text})
+            if text == DEFAULTS[slot] or not heavy & set(_method(changed, slot).saves):
+                continue
+            found = self.pricing.measurement(slot, text)
+            if found and approx:  # rehearsed when its turn comes
+                yield (number, found.loss, found.memory), changed
             elif rung := self._at(self._rows(changed, 1)):
-                exact = entry.card.fidelity == "exact"
-                yield (number, *((1.0, rung.seconds_per_step) if exact else (inf, -rung.peak_bytes))), changed
+                yield (number, *((inf, -rung.peak_bytes) if approx else (1.0, rung.seconds_per_step))), changed
 
     def _improved(self, rung: Rung) -> Rung:
         """The rung with each changed slot as near to the given job as the budget allows: first what costs quality."""
@@ -180,11 +184,11 @@ class Ladder:
     def _turned(self, rung: Rung, slot: str) -> Rung:
         """The rung with the dial of its method in a slot at the most neutral value that fits with one row at a time."""
         spelling = getattr(rung.job, slot)
-        if spelling == getattr(self.job, slot) or (dial := (entry := _entry(rung.job, slot)).card.dial) is None:
+        if spelling == getattr(self.job, slot) or (dial := (card := _entry(rung.job, slot).card).dial) is None:
             return rung
 
         def at(value: float) -> TrainJob:
-            changed = {"micro_batch": self.job.micro_batch, slot: _spell(entry, value)}
+            changed = {"micro_batch": self.job.micro_batch, slot: _turn(slot, spelling, value)}
             return dataclasses.replace(rung.job, **changed)
 
         def fits(value: float) -> bool:
@@ -196,7 +200,7 @@ class Ladder:
         found = bisect(fits, value, dial[2])
         best = rung if found == value else self._largest(at(found))
         slower = best.seconds_per_step > rung.seconds_per_step
-        return rung if entry.card.fidelity == "exact" and slower else best
+        return rung if card.fidelity == "exact" and slower else best
 
     def _noted(self, rung: Rung) -> Rung:
         if rung not in self.rungs:
@@ -250,9 +254,16 @@ def _entry(job: TrainJob, slot: str) -> Entry:
     return book.find(slot, getattr(job, slot).partition(":")[0])
 
 
-def _spell(entry: Entry, value: float) -> str:
-    """The method with its dial at a value, as the knob's type has it."""
-    assert entry.card.dial is not None
-    knob = next(knob for knob in entry.knobs if knob.name == entry.card.dial[0])
-    text = str(round(value)) if knob.kind == "int" else f"{value:.3g}"
-    return f"{entry.name}:{knob.name}={text}"
+def _method(job: TrainJob, slot: str) -> Method:
+    method = book.make(slot, getattr(job, slot))
+    assert method is not None
+    return method
+
+
+def _turn(slot: str, spelling: str, value: float) -> str:
+    """The method with its dial at a value, as the knob's type has it, and its other knobs as they are."""
+    method = book.make(slot, spelling)
+    assert method is not None and method.card.dial is not None
+    entry, name = book.find(slot, method.name), method.card.dial[0]
+    knob = next(knob for knob in entry.knobs if knob.name == name)
+    return str(dataclasses.replace(method, **{name: round(value) if knob.kind == "int" else float(f"{value:.3g}")}))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from satchel.core import book
+from satchel.core.book import Entry
 from satchel.core.job import TrainJob
 from satchel.core.report import SILENT, Report
 from satchel.model.batch import whole
@@ -118,11 +119,20 @@ class Pricing:
 
     def ratio(self, slot: str, spelling: str) -> float | None:
         """Held-out loss of a method over that of the plain job; None if it was not measured at least as cheap."""
-        name, _, knobs = spelling.partition(":")
-        if spelling == DEFAULTS[slot] or book.find(slot, name).card.fidelity == "exact":
+        if spelling == DEFAULTS[slot] or book.find(slot, spelling.partition(":")[0]).card.fidelity == "exact":
             return 1.0
-        found = self.measured.get((slot, name))
-        return found.loss if found and (not knobs or not _cheaper(slot, spelling)) else None
+        found = self.measured.get((slot, spelling))
+        if found is None and not _cheaper(slot, spelling):
+            found = self.measurement(slot, spelling)
+        return found.loss if found else None
+
+    def measurement(self, slot: str, spelling: str) -> Measured | None:
+        """Of a method as it is spelled, or wherever its dial stands."""
+        return self.measured.get((slot, spelling)) or self.measured.get((slot, _without_dial(slot, spelling)))
+
+    def forms(self, entry: Entry) -> list[str]:
+        """The spellings of a method that were measured."""
+        return [text for slot, text in self.measured if (slot, text.partition(":")[0]) == (entry.slot, entry.name)]
 
     def _costs(self, job: TrainJob) -> Iterator[str]:
         for slot in ("adapter", *SLOTS):
@@ -174,12 +184,20 @@ def changed_slots(given: TrainJob, job: TrainJob) -> list[str]:
 
 def _cheaper(slot: str, spelling: str) -> bool:
     """Whether the dial is turned from its default towards its cheap end, where nothing was measured."""
-    entry = book.find(slot, spelling.partition(":")[0])
-    if entry.card.dial is None:
+    method, usual = (book.make(slot, text) for text in (spelling, _without_dial(slot, spelling)))
+    if method is None or method.card.dial is None:
         return True  # other knobs than those that were measured
-    knob, low, high = entry.card.dial
-    value, usual = (getattr(book.make(slot, text), knob) for text in (spelling, entry.name))
-    return (value - usual) * (high - low) < 0
+    knob, low, high = method.card.dial
+    return (getattr(method, knob) - getattr(usual, knob)) * (high - low) < 0
+
+
+def _without_dial(slot: str, spelling: str) -> str:
+    """The method with its dial as it is by default, and its other knobs as they are."""
+    method = book.make(slot, spelling)
+    if method is None or method.card.dial is None:
+        return spelling
+    knob = method.card.dial[0]
+    return str(dataclasses.replace(method, **{knob: getattr(type(method)(), knob)}))
 
 
 def _differences(given: TrainJob, changed: TrainJob) -> tuple[str, ...]:

@@ -121,6 +121,21 @@ def test_a_tuned_model_looks_for_its_rate_in_short_runs_and_one_from_scratch_in_
     assert optimizer.SWEEP_SEED == 100 and [run["steps"] for run in bench.runs] == [15, 60, 180, 180]
 
 
+def test_the_planner_learns_of_each_form_as_it_spells_it():
+    job = optimizer.JOBS[0]
+    line = {"job": job.name, "by account, MiB": "weights 200, optimizer 1", "steps": 60, "seeds": 3}
+    sizes = {"adamw": 1000, "apollo:rank=144,gap=40,moments=8bit,layerwise=true": 400, "lomo:form=ada": 300}
+    sizes |= {"apollo:rank=72,gap=40": 500, "lisa:gamma=4,period=5": 600, "mezo": 280, "badam:period=2": 290}
+    table = [line | {"optimizer": name, "peak, MiB": size} for name, size in sizes.items()]
+    for number, each in enumerate(table):
+        each["loss ratio"] = f"1.0{number} ± 0.1"
+    found = optimizer.quality([*table, table[0] | {"job": SMALL.name, "peak, MiB": 9}, line | {"optimizer": "lion"}])
+    names = [line["method"] for line in found]
+    assert names == ["apollo:layerwise=true,moments=8bit", "lomo:form=ada", "lisa:gamma=4", "mezo", "badam"]
+    assert found[0] == {"slot": "optimizer", "method": names[0], "steps": 60, "memory": 0.25, "loss": 1.01}
+    assert optimizer.quality(table[1:]) == []
+
+
 def test_what_is_lean_and_good_is_found():
     line = {"job": SMALL.name, "loss ratio": "1.0100 ± 0.1", "peak ratio": 0.4, "rehearsed": "-1.5%", "seeds": 3}
     fat, bad = line | {"peak ratio": 0.5}, line | {"loss ratio": "1.0300 ± 0.1"}

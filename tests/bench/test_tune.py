@@ -69,17 +69,20 @@ def test_a_resumed_bench_measures_what_is_missing_and_what_failed(tmp_path, monk
 
 def test_a_choice_of_the_planner_is_compared_with_the_plain_job_of_its_slot(tmp_path):
     bench = tune.Bench(tmp_path)
-    ours = {("optimizer", "adamw8bit"): 3.0, ("format", "int8"): 5.0}
+    ours = {("activations", "lemo"): 3.0, ("activations", "memo"): 2.0}
     for key, loss in ours.items():
         bench.found[bench.key(tune.choices()[key], 6)] = [{"held_out": loss, "cpu_s": 2.0, "above_model_bytes": 1.0}]
     plain = {"held_out": 2.0, "cpu_s": 4.0, "above_model_bytes": 1.0}
-    bench.found[bench.key(tune.ours(tune.FULL), 6)] = [plain]
-    lines = tune.quality(bench, 6)  # the plain job of a format, a LoRA, was not measured
-    assert lines == [{"slot": "optimizer", "method": "adamw8bit", "steps": 6, "memory": 1.0, "CPU": 0.5, "loss": 1.5}]
+    assert tune.quality(bench, 6) == []  # the plain job, a LoRA, was not measured
+    bench.found[bench.key(tune.ours(tune.LORA), 6)] = [plain]
+    same = {"slot": "activations", "steps": 6, "memory": 1.0, "CPU": 0.5}
+    assert tune.quality(bench, 6) == [
+        same | {"method": name, "loss": loss} for name, loss in (("lemo", 1.5), ("memo", 1.0))
+    ]
 
 
 def test_whatever_the_planner_may_choose_has_a_plain_job_beside_it():
-    assert set(tune.PLAIN) == set(SLOTS)
+    assert {*tune.PLAIN, "optimizer"} == set(SLOTS)
     asked = tune.arguments(["--quick"])
     keys = {tune.Bench.key(side, 2) for each in tune.rounds(asked) for side in each.alone}
     assert {tune.Bench.key(side, 2) for side in tune.choices().values()} < keys

@@ -26,7 +26,8 @@ from tests.tolerances import REHEARSED, TOLERANCE
 
 PLAIN, FUSED = (f"galore:rank=8,gap=3{more}" for more in ("", ",layerwise=true"))
 METHODS = (PLAIN, "apollo:rank=8,gap=3", "apollo_mini:gap=3", "frugal:gap=3", "gradnormlorp:rank=8,gap=3", "muon")
-METHODS += ("natural_galore:rank=8,gap=3", "owlore:rank=8,period=2,mode=uniform")
+METHODS += ("natural_galore:rank=8,gap=3", "owlore:rank=8,period=2,mode=uniform", "lisa:gamma=1,period=2")
+METHODS += ("adamw", "adamw:rounding=fp32", "adamw8bit", "adafactor", "lion", "badam:period=2")
 
 
 def trained(tmp_path, optimizer, **changes):

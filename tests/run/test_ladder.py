@@ -32,10 +32,12 @@ class Formula(Pricing):
             raise UserError("the formula knows no such format")
         kept = KEPT.get(job.activations)
         kept = book.make("activations", job.activations).keep if kept is None else kept
-        state = {"adamw": 100, "adamw8bit": 50}.get(job.optimizer)
+        state = {"adamw": 100, "adamw8bit": 50}.get(job.optimizer.partition(":")[0])
         if state is None and job.optimizer.startswith("galore"):
             state = book.make("optimizer", job.optimizer).rank * 0.1
-        accounts = {"weights": FORMATS[job.format], "gradients": 10, "optimizer": state if state is not None else 200}
+        state = 200 if state is None else state
+        accounts = {"weights": FORMATS[job.format], "gradients": 10, "optimizer": state}
+        accounts["gradients"] *= "layerwise" not in job.optimizer
         accounts["activations"] = 20 * job.micro_batch * max(kept, 0.05)
         sizes = {name: int(size * MB) for name, size in accounts.items()}
         peak = SimpleNamespace(peak_bytes=sum(sizes.values()), accounts=sizes)
@@ -54,7 +56,7 @@ class Formula(Pricing):
 
 
 def climb(budget_mb, measured=(), refused="", **fields):
-    found = {key: Measured(loss, 1.0, 1.0, 6) for key, loss in dict(measured).items()}
+    found = {key: Measured(loss, 1.0) for key, loss in dict(measured).items()}
     job = TuneJob(**({"model": "demo", "data": "demo", "batch": 4, "adapter": "none"} | fields))
     ladder = Ladder(job, Formula(job, None, None, budget_mb * MB, Extent(), found))
     ladder.pricing.__dict__["refused"] = refused
@@ -119,6 +121,42 @@ def test_a_method_that_suits_no_matrix_of_the_job_is_no_rung():
     assert not any("galore" in rung.job.optimizer for rung in ladder.rungs)
 
 
+FORM = "galore:layerwise=true"
+
+
+def test_a_form_that_was_measured_is_tried_for_all_that_it_saves_and_keeps_its_knobs_when_the_dial_is_turned():
+    """Without its moments the job takes 111 MB: only what updates within the backward pass may fit 108."""
+    measured = {("optimizer", name): 1.001 for name in ("galore", "adamw8bit")} | {("optimizer", FORM): 1.01}
+    chosen, ladder = climb(108, measured)
+    method = book.make("optimizer", chosen.job.optimizer)
+    assert method.name == "galore" and method.layerwise and 4 < method.rank <= 70
+    assert all("layerwise" in rung.job.optimizer for rung in ladder.rungs if "galore" in rung.job.optimizer)
+
+
+def test_a_form_of_the_plain_method_is_tried_where_it_was_measured():
+    """Of 139 MB, 100 are moments and 10 gradients."""
+    given = {"adapter": "lora", "format": "int4", "activations": "full", "micro_batch": 1}
+    assert climb(139, **given)[0].job.optimizer == "adamw"
+    assert climb(130, **given)[0].job.optimizer != "adamw:layerwise=true"
+    chosen, _ = climb(130, {("optimizer", "adamw:layerwise=true"): 1.0}, **given)
+    assert chosen.job.optimizer == "adamw:layerwise=true" and chosen.loss_ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("spelling", "ratio"),
+    [
+        (FORM, 1.01),
+        ("galore:rank=256,layerwise=true", 1.01),  # nearer to the plain job
+        ("galore:rank=64,layerwise=true", None),
+        ("galore:rank=256", None),
+        ("galore:rank=256,moments=8bit,layerwise=true", None),
+    ],
+)
+def test_a_measurement_is_one_of_a_form_and_of_what_stands_nearer_to_the_plain_job(spelling, ratio):
+    _, ladder = climb(400, {("optimizer", FORM): 1.01})
+    assert ladder.pricing.ratio("optimizer", spelling) == ratio
+
+
 def test_a_slot_that_the_user_filled_is_left_alone():
     chosen, _ = climb(205, optimizer="adamw:rounding=fp32")
     assert chosen is None
@@ -168,7 +206,7 @@ def test_what_could_not_fit_if_it_saved_all_it_can_is_not_tried():
 
 def test_the_lightest_is_looked_for_among_those_that_measured_light():
     job = TuneJob(model="demo", data="demo", batch=4, adapter="none")
-    found = {key: Measured(1.01, 1.0, 0.3 if key[1] == "adamw8bit" else 0.9, 6) for key in OPTIMIZERS}
+    found = {key: Measured(1.01, 0.3 if key[1] == "adamw8bit" else 0.9) for key in OPTIMIZERS}
     ladder = Ladder(job, Formula(job, None, None, 90 * MB, Extent(), found))
     assert ladder.smallest().job.optimizer == "adamw8bit"
     assert len({job.optimizer for job in ladder.known} - {"adamw"}) <= LIGHT
