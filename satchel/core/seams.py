@@ -144,6 +144,12 @@ class OptimizerMethod(Method):
         """The peak learning rate of a job that names none, on adapters or on all weights, where AdamW's is `adamw`."""
         return adamw
 
+    @property
+    def undivided(self) -> bool:
+        """Whether a step may take least memory with all of its rows at once: gradients that last from one micro-batch
+        to the next are then never there together."""
+        return False
+
     def layer_kind(self, layer: int, layers: int) -> Hashable:
         """What sets a layer apart from others in a step: a rehearsal shows one of each kind. As a rule, nothing."""
         return None

@@ -37,6 +37,11 @@ class Layerwise(Landing):
         """See `Method`."""
         return (*self.card.saves, "gradients") if self.layerwise else self.card.saves
 
+    @property
+    def undivided(self) -> bool:
+        """See `OptimizerMethod`."""
+        return self.layerwise
+
     def within(self, stepper: type[Kind]) -> type[Kind]:
         """The class of a stepper of this method, whose updates happen as `layerwise` says."""
         return within_backward(stepper) if self.layerwise else stepper

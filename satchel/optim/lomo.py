@@ -51,6 +51,11 @@ class Lomo(Landing):
         self.require(self.form in SCALE, f"no form '{self.form}'; there is {', '.join(SCALE)}")
         self.require(self.scale >= 0, f"scale={self.scale} is below 0; 0 takes what suits the form")
 
+    @property
+    def undivided(self) -> bool:
+        """See `OptimizerMethod`."""
+        return True
+
     def build(self, named_parameters: Sequence[tuple[str, nn.Parameter]], lr: float, seed: int) -> FusedStepper:
         """A torch optimizer whose step wants a closure; see `FusedStepper`."""
         groups = decay_groups(named_parameters, self.weight_decay)

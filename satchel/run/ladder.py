@@ -70,7 +70,7 @@ class Ladder:
                 if lighter == job:
                     break
                 job = lighter
-        own = [self._single(job), *(rung for rung in self.rungs if not rung.advice)]
+        own = [self._least(job), *(rung for rung in self.rungs if not rung.advice)]
         return min(own, key=lambda rung: rung.peak_bytes)
 
     def advise(self) -> None:
@@ -86,16 +86,15 @@ class Ladder:
 
     def _fit(self, job: TrainJob) -> Rung | None:
         """The job with the largest micro-batch that fits, which is noted as a rung; None (and a rung) if none fits."""
-        if self._at(self._rows(job, 1)) is None:
+        if self._small(job) is None:
             return None
         rung = self._noted(self._largest(job))
         return rung if rung.fits else None
 
     def _largest(self, job: TrainJob) -> Rung:
         """The job with the largest micro-batch that fits, or with one row at a time."""
-        one = self.known.get(self._rows(job, 1))
-        if one and not one.fits:
-            return one
+        if self.known.get(self._rows(job, 1)) and not (small := self._least(job)).fits:
+            return small
         whole, single = self._require(self._rows(job, job.batch)), self._rows(job, 1)
         if whole.fits or whole.job == single:
             return whole
@@ -117,7 +116,7 @@ class Ladder:
         Best first: by measured loss, then unmeasured ones by how little they change; `cheap`: then with their dials at
         the cheap end.
         """
-        rung = self._single(job)
+        rung = self._least(job)
         heavy = {account for account, size in rung.accounts.items() if size >= WORTH * rung.peak_bytes}
         found: list[tuple[tuple, TrainJob]] = []
         for entry in book.entries():
@@ -129,7 +128,7 @@ class Ladder:
 
     def _hopeful(self, job: TrainJob, options: list[TrainJob]) -> Iterator[TrainJob]:
         """The options that would fit if the method that they add saved all of every account that it saves."""
-        rung = self._single(job)
+        rung = self._least(job)
         for option in options:
             (slot,) = (slot for slot in SLOTS if getattr(option, slot) != getattr(job, slot))
             saved = sum(rung.accounts.get(account, 0) for account in set(_method(option, slot).saves))
@@ -160,7 +159,7 @@ class Ladder:
             found = self.pricing.measurement(slot, text)
             if found and approx:  # rehearsed when its turn comes
                 yield (number, found.loss, found.memory), changed
-            elif rung := self._at(self._rows(changed, 1)):
+            elif rung := self._small(changed):
                 yield (number, *((inf, -rung.peak_bytes) if approx else (1.0, rung.seconds_per_step))), changed
 
     def _improved(self, rung: Rung) -> Rung:
@@ -177,7 +176,7 @@ class Ladder:
         for job in (bare, *self._options(bare, _entry(rung.job, slot).card.fidelity, (slot,))):
             if getattr(job, slot) == getattr(rung.job, slot):
                 break
-            if self._at(self._rows(job, 1)) and (other := self._largest(job)).fits:
+            if self._small(job) and (other := self._largest(job)).fits:
                 return other
         return rung
 
@@ -192,8 +191,8 @@ class Ladder:
             return dataclasses.replace(rung.job, **changed)
 
         def fits(value: float) -> bool:
-            one = self._at(self._rows(at(value), 1))
-            return one is not None and one.fits
+            small = self._small(at(value))
+            return small is not None and small.fits
 
         value = getattr(book.make(slot, spelling), dial[0])
         value = dial[1] if value is None else value  # a method that turns its dial itself fits at the cheap end too
@@ -208,12 +207,20 @@ class Ladder:
         return rung
 
     def _lightest(self, jobs: list[TrainJob]) -> TrainJob:
-        admitted = [job for job in jobs if self._at(self._rows(job, 1))]
-        return min(admitted, key=lambda job: self._single(job).peak_bytes)
+        return min(filter(self._small, jobs), key=lambda job: self._least(job).peak_bytes)
 
-    def _single(self, job: TrainJob) -> Rung:
-        """One row at a time, or as many as the user asked for."""
-        return self._require(self._rows(job, 1))
+    def _small(self, job: TrainJob) -> Rung | None:
+        """The lightest rung of a job, if the model admits it: one row at a time, or all where that may take less; or as
+        many as the user asked for."""
+        one = self._at(self._rows(job, 1))
+        if one is None or not book.make("optimizer", job.optimizer).undivided:
+            return one
+        return min(one, self._require(self._rows(job, job.batch)), key=lambda rung: rung.peak_bytes)
+
+    def _least(self, job: TrainJob) -> Rung:
+        rung = self._small(job)
+        assert rung is not None, f"{job} was found to be no job of this model"
+        return rung
 
     def _rows(self, job: TrainJob, rows: int) -> TrainJob:
         return dataclasses.replace(job, micro_batch=min(self.job.micro_batch or rows, job.batch))
