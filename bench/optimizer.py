@@ -3,11 +3,12 @@
 Two jobs that train all parameters in bf16 on Python's own language reference, 2 rows of 128 tokens a step: tuning
 SmolLM2-135M-Instruct, and a model of 10M parameters from scratch on the 4096 most frequent tokens, three times as long.
 Blocks are recomputed, so that weights, gradients and state are what a peak is made of. An optimizer's learning rate is
-found by doubling and halving its usual one for as long as that helps, with a seed that is not among those reported;
-AdamW's too. For that a model that is tuned runs a quarter of its steps, and one from scratch all of them: it is soonest
-better with steps that are too small in the end. Seeds change the order of the rows and the noise of rounding. The loss
-is held out; its ratio is to AdamW's of the same seed. Peaks are bytes of tensors, measured beside rehearsed; state is
-what is left of it after the last step, where a method that trains layers in turn has let go of some.
+the best of its usual one, twice and half of that, and on from there for as long as doubling or halving helps, with a
+seed that is not among those reported; AdamW's too. For that a model that is tuned runs a quarter of its steps, and one
+from scratch all of them: it is soonest better with steps that are too small in the end. Seeds change the order of the
+rows and the noise of rounding. The loss is held out; its ratio is to AdamW's of the same seed. Peaks are bytes of
+tensors, measured beside rehearsed; state is what is left of it after the last step, where a method that trains layers
+in turn has let go of some.
 
 Losses and bytes may be measured on a busy machine. Processor seconds may not: they are taken last, in short runs in
 rounds, and --timings 0 leaves them out. With --work a bench that was stopped goes on from the runs that are there, and
@@ -203,16 +204,16 @@ class Bench:
         return self.work / str(JOBS.index(job))
 
     def best_rate(self, job: Job, optimizer: str, most: int) -> float:
-        """The usual learning rate, doubled or halved for as long as the loss of a short run falls, `most` times."""
+        """The best of the usual learning rate, twice and half of it; and on from there for as long as the loss of a
+        run that looks for it falls, `most` times in all."""
 
         @cache
         def loss(power: int) -> float:
             return finite(self.run(job, optimizer, job.rate(optimizer) * 2.0**power, SWEEP_SEED).get("held_out"))
 
-        best = 0
-        for direction in (1, -1):
-            while abs(best + direction) <= most and loss(best + direction) < loss(best):
-                best += direction
+        best = direction = min((0, 1, -1), key=loss) if most else 0
+        while direction and abs(best) < most and loss(best + direction) < loss(best):
+            best += direction
         return job.rate(optimizer) * 2.0**best
 
     def of(self, job: Job, optimizer: str, seeds: list[int]) -> list[dict[str, Any]]:

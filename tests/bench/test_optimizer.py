@@ -105,12 +105,17 @@ def test_a_learning_rate_is_doubled_and_halved_for_as_long_as_that_helps(bench, 
 
     def run(bench, job, optimizer, lr, seed):
         tried.append(lr / usual)
-        return {"held_out": abs(lr / usual - 0.3)}
+        return {"held_out": losses.get(lr / usual, abs(lr / usual - 0.3))}
 
+    losses: dict[float, float] = {}
     monkeypatch.setattr(optimizer.Bench, "run", run)
     assert bench.best_rate(SMALL, "lion", 4) == usual / 4 and sorted(tried) == [0.125, 0.25, 0.5, 1, 2]
     assert bench.best_rate(SMALL, "lion", 1) == usual / 2
     assert bench.best_rate(SMALL, "lion", 0) == usual
+    losses |= {1: 1.0, 2: 0.9, 0.5: 0.8}  # falls on both sides, further on one
+    assert bench.best_rate(SMALL, "lion", 4) == usual / 4
+    losses |= {2: 0.7, 4: 0.6, 8: 0.6}
+    assert bench.best_rate(SMALL, "lion", 4) == usual * 4
 
 
 def test_a_tuned_model_looks_for_its_rate_in_short_runs_and_one_from_scratch_in_whole_ones(tmp_path, monkeypatch):
