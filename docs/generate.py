@@ -16,10 +16,8 @@ from satchel.run.measured import FILE, RATIOS
 
 ROOT = Path(__file__).parent.parent
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
-PLANNED = {
-    "tune": ("activations", "format"),
-    "optimizer": ("optimizer",),
-}  # benches: slots that they measure for the planner
+PLANNED = {"tune": ("activations", "format"), "optimizer": ("optimizer",)}  # slots that a bench measures for plans
+ORIGIN = ("commit", "dirty", "date", "machine", "title")
 RESULT = {"exact": "exact", "approx": "near", "study": "study"}
 
 
@@ -119,9 +117,7 @@ def measured() -> str:
     for name, slots in PLANNED.items():
         path = ROOT / "bench" / "results" / f"{name}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        benches.append(
-            {"bench": name} | {key: found.get(key) for key in ("commit", "dirty", "date", "machine", "title")}
-        )
+        benches.append({"bench": name} | {key: found.get(key) for key in ORIGIN})
         lines = (line for line in found.get("quality", []) if line["slot"] in slots)
         methods += [{column: line[column] for column in ("slot", "method", "steps", *RATIOS)} for line in lines]
     return json.dumps({"benches": benches, "methods": methods}, indent=1) + "\n"
