@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from satchel.core.book import make
 from satchel.core.errors import Diverged, UserError
 from satchel.core.job import TuneJob
 from satchel.model.config import ModelConfig
@@ -52,6 +53,13 @@ def test_the_weights_are_those_of_updates_after_the_backward_pass_bit_for_bit(tm
     assert all(map(torch.equal, ours, theirs))
     assert [m["loss"] for m in metrics] == [m["loss"] for m in expected]
     assert "grad_norm" not in metrics[0]  # it is never known
+
+
+@pytest.mark.parametrize("spelling", ["adamw", "adamw:layerwise=true", "lomo", "lomo:form=ada", "lion:layerwise=true"])
+def test_a_method_says_that_it_wants_all_rows_at_once_where_it_updates_within_the_backward_pass(spelling):
+    method = make("optimizer", spelling)
+    fused = isinstance(method.build(common.parameters(), common.LR, 0), FusedStepper)
+    assert method.undivided == ("gradients" in method.saves) == fused == (spelling != "adamw")
 
 
 class Descent(Stepper):
