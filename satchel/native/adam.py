@@ -96,5 +96,13 @@ def kernel() -> Kernel | None:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these parameters, gradients or steps lie as the kernel needs them."""
-    return all(t.device.type == "cpu" and t.dtype in KINDS and t.is_contiguous() for t in tensors)
+    """Whether there is a kernel, and these parameters, gradients or steps lie as it needs them."""
+    fit = all(t.device.type == "cpu" and t.dtype in KINDS and t.is_contiguous() for t in tensors)
+    return fit and kernel() is not None
+
+
+def loaded() -> Kernel:
+    """The kernel, where it `takes` something."""
+    found = kernel()
+    assert found is not None
+    return found

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from satchel.native.adam import CODES, Array
 
@@ -60,6 +61,14 @@ def codebook(signed: bool, device: torch.device) -> Codebook:
     return Codebook(*(t.to(device) for t in (value, midpoint, lower | last << 16)))
 
 
+def codebook_for(signed: bool, held: Tensor) -> Codebook:
+    """The map that reads and writes this state; of a fake one, no more than its sizes."""
+    if not isinstance(held, FakeTensor):
+        return codebook(signed, held.device)
+    value, cell = held.new_empty(256, dtype=torch.float32), held.new_empty(1 << 16, dtype=torch.int32)
+    return Codebook(value, value, cell)
+
+
 def quantise(wide_N: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
     """Codes [N] in uint8 and scales [C] of float32 values, which are used up."""
     block_CB = _blocks(wide_N)
@@ -97,12 +106,12 @@ class Blockwise:
     def read(self, held: Sequence[Tensor], cut: slice, signed: bool) -> Tensor:
         """The moment's slice in float32."""
         code_N, scale_C = held
-        return dequantise(code_N[cut], scale_C[_of_blocks(cut)], codebook(signed, code_N.device))
+        return dequantise(code_N[cut], scale_C[_of_blocks(cut)], codebook_for(signed, code_N))
 
     def write_(self, held: Sequence[Tensor], cut: slice, wide_N: Tensor, signed: bool, noise_N: Tensor | None) -> None:
         """Put the slice back, rounded to the nearest code."""
         codes_N, scales_C = held
-        code_N, scale_C = quantise(wide_N, codebook(signed, codes_N.device))
+        code_N, scale_C = quantise(wide_N, codebook_for(signed, codes_N))
         codes_N[cut].copy_(code_N)
         scales_C[_of_blocks(cut)].copy_(scale_C)
 

@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from satchel.native.adam import KINDS, Array, Direction, kernel, takes
+from satchel.native.adam import KINDS, Array, Direction, loaded, takes
+from satchel.native.operators import operator
 from satchel.optim._shared import few_barriers, hashed, land_master_, master, noises, parameter_array, slices
 
 # N elements of a flattened parameter or of a slice of it; K directions
@@ -105,13 +106,6 @@ def _directions(seeds: Sequence[int], radius: float, masked: int, mask_seed: int
     return [Direction(seed, mask_seed, masked, radius) for seed in seeds]
 
 
-torch.library.define(
-    "satchel::perturb_",
-    "(Tensor(a!) x_N, Tensor(b!)? low_N, int back, int forth, int[] seeds, float radius, int masked, int mask_seed) "
-    "-> ()",
-)
-
-
 @few_barriers()
 def perturb_in_torch_(
     x_N: Tensor,
@@ -141,22 +135,17 @@ def _hop_(x_N: Tensor, z_N: Tensor, radius: float, side: int) -> None:
         x_N.view(torch.int16).add_((up_N if side > 0 else down_N).short())
 
 
-torch.library.impl("satchel::perturb_", "default", perturb_in_torch_)
-
-
-@torch.library.impl("satchel::perturb_", "CPU")
-def _(x_N: Tensor, low_N: Tensor | None, back: int, forth: int, seeds: list[int], *how: Any) -> None:
-    native = kernel()
-    if native is None or not takes(x_N):
-        return perturb_in_torch_(x_N, low_N, back, forth, seeds, *how)
+def _perturb_in_kernel_(x_N: Tensor, low_N: Tensor | None, back: int, forth: int, seeds: list[int], *how: Any) -> None:
     (direction,) = _directions(seeds, *how)
-    native.perturb_(parameter_array(x_N, low_N, "nearest"), direction, back, forth, x_N.numel())
+    loaded().perturb_(parameter_array(x_N, low_N, "nearest"), direction, back, forth, x_N.numel())
 
 
-torch.library.define(
-    "satchel::descend_",
-    "(Tensor(a!) x_N, Tensor(b!)? low_N, Tensor(c!)? momentum_N, Tensor size_K, int[] seeds, float radius, int masked, "
-    "int mask_seed, str rounding, float beta, float lr, float keep, int seed) -> ()",
+perturb_ = operator(
+    "perturb_(Tensor(a!) x_N, Tensor(b!)? low_N, int back, int forth, int[] seeds, float radius, int masked, "
+    "int mask_seed) -> ()",
+    perturb_in_torch_,
+    _perturb_in_kernel_,
+    lambda x_N, *_: takes(x_N),
 )
 
 
@@ -187,25 +176,21 @@ def descend_in_torch_(
         land_master_(x_N[cut], low, x, noises(seed, cut, x_N.device)[0] if noisy else None)
 
 
-torch.library.impl("satchel::descend_", "default", descend_in_torch_)
-
-
-@torch.library.impl("satchel::descend_", "CPU")
-def _(
+def _descend_in_kernel_(
     x_N: Tensor, low_N: Tensor | None, momentum_N: Tensor | None, size_K: Tensor, seeds: list[int], *rest: Any
 ) -> None:
-    native = kernel()
-    if native is None or not takes(x_N, size_K):
-        return descend_in_torch_(x_N, low_N, momentum_N, size_K, seeds, *rest)
     radius, masked, mask_seed, rounding, *rates, seed = rest
     m = None if momentum_N is None else Array(KINDS[momentum_N.dtype], momentum_N)
     x, directions = parameter_array(x_N, low_N, rounding), _directions(seeds, radius, masked, mask_seed)
-    native.descend_(x, m, directions, size_K, (rates[0], rates[1], rates[2]), x_N.numel(), seed)
+    loaded().descend_(x, m, directions, size_K, (rates[0], rates[1], rates[2]), x_N.numel(), seed)
 
 
-torch.library.define(
-    "satchel::estimate",
-    "(Tensor x_N, Tensor? low_N, Tensor size_K, int[] seeds, float radius, int masked, int mask_seed) -> Tensor",
+descend_ = operator(
+    "descend_(Tensor(a!) x_N, Tensor(b!)? low_N, Tensor(c!)? momentum_N, Tensor size_K, int[] seeds, float radius, "
+    "int masked, int mask_seed, str rounding, float beta, float lr, float keep, int seed) -> ()",
+    descend_in_torch_,
+    _descend_in_kernel_,
+    lambda x_N, low_N, momentum_N, size_K, *_: takes(x_N, size_K),
 )
 
 
@@ -226,31 +211,18 @@ def estimate_in_torch(
     return out_N
 
 
-torch.library.impl("satchel::estimate", "default", estimate_in_torch)
-
-
-@torch.library.impl("satchel::estimate", "CPU")
-def _(x_N: Tensor, low_N: Tensor | None, size_K: Tensor, seeds: list[int], *how: Any) -> Tensor:
-    native = kernel()
-    if native is None or not takes(x_N, size_K):
-        return estimate_in_torch(x_N, low_N, size_K, seeds, *how)
+def _estimate_in_kernel(x_N: Tensor, low_N: Tensor | None, size_K: Tensor, seeds: list[int], *how: Any) -> Tensor:
     out_N = torch.empty_like(x_N)
     x, out = parameter_array(x_N, low_N, "nearest"), Array(KINDS[x_N.dtype], out_N)
-    native.estimate(x, out, _directions(seeds, *how), size_K, x_N.numel())
+    loaded().estimate(x, out, _directions(seeds, *how), size_K, x_N.numel())
     return out_N
 
 
-@torch.library.register_fake("satchel::perturb_")
-@torch.library.register_fake("satchel::descend_")
-def _(*_: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("satchel::estimate")
-def _(x_N: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_N)
-
-
-perturb_ = torch.ops.satchel.perturb_.default
-descend_ = torch.ops.satchel.descend_.default
-estimate = torch.ops.satchel.estimate.default
+estimate = operator(
+    "estimate(Tensor x_N, Tensor? low_N, Tensor size_K, int[] seeds, float radius, int masked, int mask_seed) "
+    "-> Tensor",
+    estimate_in_torch,
+    _estimate_in_kernel,
+    lambda x_N, low_N, size_K, *_: takes(x_N, size_K),
+    lambda x_N, *_: torch.empty_like(x_N),
+)

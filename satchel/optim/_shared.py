@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from satchel.core.errors import UserError
-from satchel.native.adam import KINDS, SPLIT, STOCHASTIC, Array, Rates, kernel, takes
+from satchel.native.adam import KINDS, SPLIT, STOCHASTIC, Array, Rates, loaded, takes
+from satchel.native.operators import operator, walk
 from satchel.optim._blockwise import BLOCK, Blockwise
 
 # N elements of a flattened parameter, or of one slice of it
@@ -40,7 +41,7 @@ def slices(count: int, device: torch.device) -> Iterator[slice]:
     """Cuts `range(count)` into slices of bounded size, each a whole number of quantisation blocks."""
     width = SLICE.get(device.type, SLICE_DEVICE)
     assert width % BLOCK == 0
-    return (slice(start, min(start + width, count)) for start in range(0, count, width))
+    return (slice(start, min(start + width, count)) for start in walk(range(0, count, width)))
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def _int32(number: int) -> int:
 def land_(x_N: Tensor, wide_N: Tensor, noise_N: Tensor | None) -> None:
     """Write float32 values into x_N; with noise, bfloat16 is rounded stochastically and wide_N is used up."""
     if x_N.dtype == torch.float32 or noise_N is None:
-        if x_N.data_ptr() != wide_N.data_ptr():
+        if x_N.untyped_storage() is not wide_N.untyped_storage():
             x_N.copy_(wide_N)
         return
     bits_N = wide_N.view(torch.int32).add_(noise_N).bitwise_and_(-(1 << 16))
@@ -186,13 +187,6 @@ def parts(
     return held[:count], held[count : 2 * count], held[-1] if split else None
 
 
-torch.library.define(
-    "satchel::adam_",
-    "(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, str store, str rounding, float beta1, float beta2, float eps, "
-    "float step_size, float keep, int seed) -> ()",
-)
-
-
 @few_barriers()
 def adam_in_torch_(
     x_N: Tensor,
@@ -226,30 +220,19 @@ def adam_in_torch_(
         land_master_(x_N[cut], low, x, x_noise if rounding == "stochastic" else None)
 
 
-torch.library.impl("satchel::adam_", "default", adam_in_torch_)
-
-
-@torch.library.impl("satchel::adam_", "CPU")
-def _(x_N: Tensor, g_N: Tensor, held: list[Tensor], store: str, rounding: str, *numbers: Any) -> None:
-    native = kernel()
-    if native is None or not takes(x_N, g_N):
-        return adam_in_torch_(x_N, g_N, held, store, rounding, *numbers)
+def _adam_in_kernel_(x_N: Tensor, g_N: Tensor, held: list[Tensor], store: str, rounding: str, *numbers: Any) -> None:
     (beta1, beta2, *rates, seed), (first, second, low_N) = numbers, parts(held, x_N, rounding)
     x, g = parameter_array(x_N, low_N, rounding), Array(KINDS[g_N.dtype], g_N)
     m, v = STORES[store].array(first, True), STORES[store].array(second, False)
-    native.adam_(x, g, m, v, Rates(1 - beta1, beta2, 1 - beta2, *rates), x_N.numel(), seed)
+    loaded().adam_(x, g, m, v, Rates(1 - beta1, beta2, 1 - beta2, *rates), x_N.numel(), seed)
 
 
-@torch.library.register_fake("satchel::adam_")
-def _(*_: Any) -> None:
-    return None
-
-
-adam_ = torch.ops.satchel.adam_.default
-
-
-torch.library.define(
-    "satchel::move_", "(Tensor(a!) x_N, Tensor step_N, Tensor(b!)? low_N, str rounding, float keep, int seed) -> ()"
+adam_ = operator(
+    "adam_(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, str store, str rounding, float beta1, float beta2, "
+    "float eps, float step_size, float keep, int seed) -> ()",
+    adam_in_torch_,
+    _adam_in_kernel_,
+    lambda x_N, g_N, *_: takes(x_N, g_N),
 )
 
 
@@ -263,24 +246,17 @@ def move_in_torch_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: 
         land_master_(x_N[cut], low, x, noises(seed, cut, x_N.device)[0] if noisy else None)
 
 
-torch.library.impl("satchel::move_", "default", move_in_torch_)
-
-
-@torch.library.impl("satchel::move_", "CPU")
-def _(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
-    native = kernel()
-    if native is None or not takes(x_N, step_N):
-        return move_in_torch_(x_N, step_N, low_N, rounding, keep, seed)
+def _move_in_kernel_(x_N: Tensor, step_N: Tensor, low_N: Tensor | None, rounding: str, keep: float, seed: int) -> None:
     step = Array(KINDS[step_N.dtype], step_N)
-    native.move_(parameter_array(x_N, low_N, rounding), step, keep, x_N.numel(), seed)
+    loaded().move_(parameter_array(x_N, low_N, rounding), step, keep, x_N.numel(), seed)
 
 
-@torch.library.register_fake("satchel::move_")
-def _(*_: Any) -> None:
-    return None
-
-
-move_ = torch.ops.satchel.move_.default
+move_ = operator(
+    "move_(Tensor(a!) x_N, Tensor step_N, Tensor(b!)? low_N, str rounding, float keep, int seed) -> ()",
+    move_in_torch_,
+    _move_in_kernel_,
+    lambda x_N, step_N, *_: takes(x_N, step_N),
+)
 
 
 def decay_groups(named_parameters: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
+from satchel.native.operators import operator, walk
 from satchel.optim._fused import Layerwise
 from satchel.optim._landing import keep, low_bits, put_
 from satchel.optim._shared import SLICE, SLICE_DEVICE, Stepper, decay_groups, few_barriers, gradient, master, widen
@@ -70,7 +71,7 @@ class AdafactorStepper(Stepper):
             for name, size in (sizes | {"column": (count, columns)}).items():
                 state[name] = torch.zeros(size, dtype=torch.float32, device=p.device)
             state.update(low_bits(p, group))
-        torch.ops.satchel.adafactor_(
+        adafactor_(
             x_BOI,
             gradient(p).view_as(x_BOI),
             state.get("row"),
@@ -86,14 +87,6 @@ class AdafactorStepper(Stepper):
         )
 
 
-torch.library.define(
-    "satchel::adafactor_",
-    "(Tensor(a!) x_BOI, Tensor g_BOI, Tensor(b!)? row_BO, Tensor(c!) column_BI, Tensor(d!)? low_N, str rounding, "
-    "float mix, float size, float clip, bool relative, float keep, int seed) -> ()",
-)
-
-
-@torch.library.impl("satchel::adafactor_", "default")
 @few_barriers()
 def _adafactor_(
     x_BOI: Tensor,
@@ -151,9 +144,11 @@ def _parts(x_BOI: Tensor) -> Iterator[tuple[int, slice]]:
     """(matrix, rows) of bounded size; a row is never cut."""
     count, rows, columns = x_BOI.shape
     step = max(1, SLICE.get(x_BOI.device.type, SLICE_DEVICE) // columns)
-    return ((number, slice(start, start + step)) for number in range(count) for start in range(0, rows, step))
+    return ((number, slice(start, start + step)) for number in range(count) for start in walk(range(0, rows, step)))
 
 
-@torch.library.register_fake("satchel::adafactor_")
-def _(*_: Any) -> None:
-    return None
+adafactor_ = operator(
+    "adafactor_(Tensor(a!) x_BOI, Tensor g_BOI, Tensor(b!)? row_BO, Tensor(c!) column_BI, Tensor(d!)? low_N, "
+    "str rounding, float mix, float size, float clip, bool relative, float keep, int seed) -> ()",
+    _adafactor_,
+)

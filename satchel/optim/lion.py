@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from satchel.core.seams import Card
+from satchel.native.operators import operator
 from satchel.optim._fused import Layerwise
 from satchel.optim._landing import keep, keep_average_, low_bits, put_
 from satchel.optim._shared import (
@@ -81,7 +81,7 @@ class LionStepper(Stepper):
         if state["step"] == 1:
             moment = STORES[store].zeros(p.numel(), p.device, signed=True)
             state.update({f"exp_avg{part}": tensor for part, tensor in moment.items()}, **low_bits(p, group))
-        torch.ops.satchel.lion_(
+        lion_(
             p.detach().view(-1),
             gradient(p).view(-1),
             [state[name] for name in ("exp_avg", "exp_avg_scale") if name in state],
@@ -96,14 +96,6 @@ class LionStepper(Stepper):
         )
 
 
-torch.library.define(
-    "satchel::lion_",
-    "(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, Tensor(c!)? low_N, str store, str rounding, float beta1, "
-    "float beta2, float size, float keep, int seed) -> ()",
-)
-
-
-@torch.library.impl("satchel::lion_", "default")
 @few_barriers()
 def _lion_(
     x_N: Tensor,
@@ -128,6 +120,8 @@ def _lion_(
         keep_average_(store, held, cut, m.mul_(beta2).add_(g, alpha=1 - beta2), seed)
 
 
-@torch.library.register_fake("satchel::lion_")
-def _(*_: Any) -> None:
-    return None
+lion_ = operator(
+    "lion_(Tensor(a!) x_N, Tensor g_N, Tensor(b!)[] held, Tensor(c!)? low_N, str store, str rounding, float beta1, "
+    "float beta2, float size, float keep, int seed) -> ()",
+    _lion_,
+)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import Card
+from satchel.native.operators import operator
 from satchel.optim._landing import keep_average_, low_bits
 from satchel.optim._projected import Projected, ProjectedStepper, move_rows
 from satchel.optim._shared import STORES, few_barriers, gradient, slices, store_name, widen
@@ -80,7 +81,7 @@ class MuonStepper(ProjectedStepper):
         held = [state[name] for name in ("momentum", "momentum_scale") if name in state]
         u_OI = torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
         mix = group["momentum"]
-        torch.ops.satchel.momentum_(u_OI.view(-1), gradient(p).view(-1), held, store, mix, group["nesterov"], seed)
+        momentum_(u_OI.view(-1), gradient(p).view(-1), held, store, mix, group["nesterov"], seed)
         u_OI, size = orthogonal(u_OI), group["lr"] * shape_scale(p.shape, group["scaled"])
         move_rows(p, state, group, seed, lambda part: u_OI[part].float().mul_(-size))
 
@@ -102,13 +103,6 @@ def orthogonal(u_OI: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-torch.library.define(
-    "satchel::momentum_",
-    "(Tensor(a!) u_N, Tensor g_N, Tensor(b!)[] held, str store, float momentum, bool nesterov, int seed) -> ()",
-)
-
-
-@torch.library.impl("satchel::momentum_", "default")
 @few_barriers()
 def _momentum_(
     u_N: Tensor, g_N: Tensor, held: list[Tensor], store: str, momentum: float, nesterov: bool, seed: int
@@ -121,6 +115,8 @@ def _momentum_(
         keep_average_(store, held, cut, m, seed)
 
 
-@torch.library.register_fake("satchel::momentum_")
-def _(*_: Any) -> None:
-    return None
+momentum_ = operator(
+    "momentum_(Tensor(a!) u_N, Tensor g_N, Tensor(b!)[] held, str store, float momentum, bool nesterov, int seed) "
+    "-> ()",
+    _momentum_,
+)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from satchel.core.seams import Card
+from satchel.native.operators import operator
 from satchel.optim._shared import few_barriers, slices
 from satchel.optim.galore import GaLore, GaLoreStepper
 
@@ -68,19 +69,12 @@ class NaturalStepper(GaLoreStepper):
             state["history"] = torch.zeros(group["history"], low.numel(), dtype=low.dtype, device=low.device)
         natural = torch.empty(low.shape, dtype=torch.float32, device=low.device)
         since = (state["step"] - 1) % group["gap"]
-        torch.ops.satchel.natural_(
+        natural_(
             natural.view(-1), low.reshape(-1), state["history"], since % max(group["history"], 1), group["damping"]
         )
         return super().low_step(natural, p, state, group, seed)
 
 
-torch.library.define(
-    "satchel::natural_",
-    "(Tensor(a!) out_K, Tensor g_K, Tensor(b!) history_SK, int place, float damping) -> ()",
-)
-
-
-@torch.library.impl("satchel::natural_", "default")
 @few_barriers()
 def _natural_(out_K: Tensor, g_K: Tensor, history_SK: Tensor, place: int, damping: float) -> None:
     """out = (damping I + H^T H)^-1 g, once g stands in row `place` of the history H; g / damping without a history."""
@@ -99,6 +93,7 @@ def _natural_(out_K: Tensor, g_K: Tensor, history_SK: Tensor, place: int, dampin
         out_K[cut].copy_(weight_S.to(wide) @ history_SK[:, cut].to(wide))
 
 
-@torch.library.register_fake("satchel::natural_")
-def _(*_: Any) -> None:
-    return None
+natural_ = operator(
+    "natural_(Tensor(a!) out_K, Tensor g_K, Tensor(b!) history_SK, int place, float damping) -> ()",
+    _natural_,
+)

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import satchel.model.tiling  # noqa: F401 - whose operators are counted
 from satchel.native.levels import supported
+from satchel.native.operators import BODIES, short_walks
 
 aten = torch.ops.aten
 THIN = 32  # operations a byte below which moving the byte is what takes the time
@@ -72,6 +74,7 @@ class Tracker(TorchDispatchMode):
         self._count = 0
         self._sum: tuple[int, int] | None = None  # the sum that autograd has just made: number, size
         self._same: dict[int, int] = {}  # number of such a sum -> number of the storage that it would be written into
+        self._bodies: dict[tuple, int] = {}  # operators of ours, as they were called -> what their bodies took
 
     def mark(self, *name: Any) -> None:
         """Begin the segment `name`."""
@@ -93,12 +96,22 @@ class Tracker(TorchDispatchMode):
             self._see(tensor, nothing=func is aten._efficientzerotensor.default)
         if not func.is_view and func.namespace != "prim":
             self.segments[-1].work[work_of(func, args, kwargs, out, list(tensors.values()))] += 1
-        if scratch := _scratch(func, args, out):
+        if scratch := _scratch(func, args, out) or self._inside(func, args):
             self._count += 1
             self.segments[-1].events += [(self._count, scratch), (self._count, -scratch)]
         if func is aten.add.Tensor and _autograd_adds():
             self._sum = self._see(out), out.untyped_storage().nbytes()
         return out
+
+    def _inside(self, func: Any, args: tuple) -> int:
+        """Bytes that the body of an operator of ours takes beside fake arguments; a kernel takes none."""
+        body = BODIES.get(func)
+        if body is None or body.kernel_takes(*args):
+            return 0
+        key = (func, *(_outline(each) for each in tree_iter(args)))
+        if key not in self._bodies:
+            self._bodies[key] = _taken(body.run, args)
+        return self._bodies[key]
 
     def _see(self, tensor: Tensor, nothing: bool = False) -> int:
         """The number of a tensor's storage, which takes no bytes if it is the zero tangent of what has none."""
@@ -119,6 +132,23 @@ class Tracker(TorchDispatchMode):
             self._sum = None
         else:
             events.append((number, -size))
+
+
+def _outline(argument: Any) -> Any:
+    """What an operator's temporaries depend on of an argument: no number."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    return argument if isinstance(argument, str) else type(argument)
+
+
+def _taken(run: Any, args: tuple) -> int:
+    """The most bytes that are alive within a function of fake tensors, beside those and its result."""
+    with short_walks(), Tracker() as tracker:
+        tracker.label((each for each in tree_iter(args) if isinstance(each, Tensor)), "arguments")
+        tracker.mark("run")
+        out = run(*args)
+    changes = (change for _, change in tracker.segments[-1].events)
+    return max(accumulate(changes, initial=0)) - sum(t.nbytes for t in tree_iter(out) if isinstance(t, Tensor))
 
 
 def _autograd_adds() -> bool:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from satchel.native import adam
 from satchel.native.adam import kernel, takes
 from satchel.native.build import ARITHMETIC, build, compiler
 from satchel.optim import _shared
@@ -155,6 +156,6 @@ def test_one_build_a_machine_and_flags(tmp_path):
 def test_without_a_compiler_the_torch_path_steps(monkeypatch):
     want = stepped(adam_in_torch_, NARROW, NARROW, "bf16", "stochastic")
     assert kernel() is not None
-    monkeypatch.setattr(_shared, "kernel", lambda: None)
+    monkeypatch.setattr(adam, "kernel", lambda: None)
     got = stepped(adam_, NARROW, NARROW, "bf16", "stochastic")
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

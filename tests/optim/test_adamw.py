@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from satchel.core.errors import UserError
-from satchel.optim import _shared
+from satchel.native import adam
 from satchel.optim._shared import join, land_, noises, split_
 from satchel.optim.adamw import AdamW
 from tests.optim import common
@@ -124,8 +124,8 @@ class TestEveryChoice:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_temporaries_are_a_few_slices_without_the_kernel_and_none_with_it(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(_shared, "kernel", lambda: None)
-    common.check_temporaries_are_bounded(AdamW(), 12 << 19 if _shared.kernel() is None else 4096)
+        monkeypatch.setattr(adam, "kernel", lambda: None)
+    common.check_temporaries_are_bounded(AdamW(), 12 << 19 if adam.kernel() is None else 4096)
 
 
 def test_the_seed_decides_the_noise():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from satchel.optim import _shared
+from satchel.native import adam
 from satchel.optim._blockwise import BLOCK, codebook, codes, dequantise, quantise
 from satchel.optim.adamw import AdamW
 from satchel.optim.adamw8bit import AdamW8bit
@@ -127,5 +127,5 @@ def test_a_parameter_that_ends_within_a_block_learns_to_its_last_element():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_temporaries_are_a_few_slices_without_the_kernel_and_none_with_it(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr(_shared, "kernel", lambda: None)
-    common.check_temporaries_are_bounded(AdamW8bit(), 16 << 19 if _shared.kernel() is None else 4096)
+        monkeypatch.setattr(adam, "kernel", lambda: None)
+    common.check_temporaries_are_bounded(AdamW8bit(), 16 << 19 if adam.kernel() is None else 4096)
