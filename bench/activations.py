@@ -140,14 +140,15 @@ def table(rows: list[dict[str, Any]], budgets: list[int], lossy: list[dict[str, 
 
 
 def _cells(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    values: list[Any] = [f"{found['context']:,}" if "context" in found else "does not fit", "-", "-", "-"]
+    values: list[Any] = ["does not fit", "-", "-", "-"]
+    if "context" in found:
+        guess = f"{found['context'] / found['predicted_s']:.0f} predicted"
+        values = [f"{found['context']:,}", "not run", "-", guess]
     if "error" in found:
         values[1] = "failed"
     elif "peak_bytes" in found:
         off, rate = found["predicted_tensor_bytes"] / found["tensor_bytes"] - 1, found.get("tokens_per_second")
-        values[1:] = [format_bytes(found["peak_bytes"]), f"{off:+.1%}", round(rate) if rate else "-"]
-    elif "context" in found:
-        values[1] = "not run"
+        values[1:] = [format_bytes(found["peak_bytes"]), f"{off:+.1%}", round(rate) if rate else guess]
     return {f"{cell}, {name}": value for cell, value in zip(CELLS, values, strict=True)}
 
 
