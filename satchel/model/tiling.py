@@ -4,7 +4,7 @@ A tile is one block of each of 16 rows, field by field: 16 scales, (16 offsets,)
 other. It takes as many bytes as the blocks, and one load feeds a product for 16 rows (native/formats.h). Rows that are
 no multiple of 16 are filled up with zeros.
 
-A rehearsal follows an operator as one call that takes what its `_fake` says.
+A rehearsal follows an operator as one call that makes what its `_fake` says and takes what `allocates` does.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from satchel.model.blocks import decode
 from satchel.native import linear as native
+from satchel.native.operators import allocates
 
 # O outputs, I inputs, N rows of x, M blocks of a row, B bytes, G groups of R = 16 rows
 
@@ -71,10 +72,15 @@ torch.library.define(
 )
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x as the kernel reads it, [N, I]; a copy where its rows are not contiguous."""
+    x_NI = x.reshape(-1, x.shape[-1])
+    return x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
+
+
 @torch.library.impl("satchel::tiled_linear", "CPU")
 def _tiled_linear(x: Tensor, tiles: Tensor, bias_O: Tensor | None, kind: str, outputs: int, level: str) -> Tensor:
-    x_NI = x.reshape(-1, x.shape[-1])
-    x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
+    x_NI = _rows(x)
     y = x.new_empty(*x.shape[:-1], outputs)  # no view of what was made here: whoever gets it may add to it in place
     kernel = native.kernel(level)
     assert kernel is not None
@@ -85,9 +91,15 @@ def _tiled_linear(x: Tensor, tiles: Tensor, bias_O: Tensor | None, kind: str, ou
 
 @torch.library.register_fake("satchel::tiled_linear")
 def _tiled_linear_fake(x: Tensor, tiles: Tensor, bias_O: Tensor | None, kind: str, outputs: int, level: str) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], outputs)
-    torch.empty(native.room_bytes(x.numel() // x.shape[-1], x.shape[-1]), dtype=torch.uint8)
-    return y
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _tiled_linear_room(x: Tensor, *_: object) -> None:
+    x_NI = _rows(x)
+    torch.empty(native.room_bytes(*x_NI.shape), dtype=torch.uint8)
+
+
+allocates(torch.ops.satchel.tiled_linear.default, _tiled_linear_room)
 
 
 @torch.library.impl("satchel::tiled_dense", "CPU")

@@ -1,7 +1,7 @@
-"""Operators of our own whose body is torch, slice by slice.
+"""Operators of our own, and what they allocate beside their arguments and results.
 
-A rehearsal sees such an operator as one operation, and its fake tensors do not enter it: what the body takes beside its
-arguments would be missed, on a device some hundred megabytes. So the body is kept here, for a rehearsal to look into.
+A rehearsal sees an operator as one operation, which its fake tensors do not enter: what a body in torch takes, slice by
+slice, would be missed, on a device some hundred megabytes. So it is kept here, for a rehearsal to look into.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +15,11 @@ _SHORT: ContextVar[bool] = ContextVar("short", default=False)
 
 
 class Body(NamedTuple):
-    """What an operator does in torch, and which arguments a kernel takes in its place, which allocates nothing."""
+    """What an operator allocates beside its arguments and result: what `run` of the same arguments does; nothing where
+    a kernel takes them."""
 
     run: Callable[..., Any]
-    kernel_takes: Callable[..., bool]
+    kernel_takes: Callable[..., bool] = lambda *_: False
 
 
 BODIES: dict[torch._ops.OpOverload, Body] = {}
@@ -44,6 +45,11 @@ def operator(
     defined = getattr(torch.ops.satchel, name).default
     BODIES[defined] = Body(body, takes)
     return defined
+
+
+def allocates(defined: torch._ops.OpOverload, run: Callable[..., None]) -> None:
+    """Say what the kernel of an operator that is defined elsewhere takes for itself: as much as `run` does."""
+    BODIES[defined] = Body(run)
 
 
 @contextmanager

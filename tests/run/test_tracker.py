@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from satchel.native import adam
+from satchel.native import adam, linear
 from satchel.optim import _directions, _shared, adafactor, lion, muon, natural_galore
 from satchel.run.memory import install_pool
 from satchel.run.tracker import Tracker
@@ -108,6 +108,21 @@ def test_what_the_body_of_our_own_operator_takes_is_what_the_pool_measures(name,
     found = measured(operator, *real)
     assert found > 1 << 19
     assert seen(operator, *real) == pytest.approx(found, rel=0.01, abs=TABLE if "8bit" in name else 0)
+
+
+@needs_pool
+@pytest.mark.skipif(linear.kernel() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("shape", [(700, 1024), (350, 2, 1024)])
+def test_what_a_product_with_tiles_takes_is_what_the_pool_measures(shape):
+    generator = torch.Generator().manual_seed(0)
+    tiles = linear.example("Q8_0", 512, 1024, generator)
+    x = torch.randn(shape, generator=generator).bfloat16()
+    if len(shape) == 3:
+        x = x.transpose(0, 1)  # whose rows are copied
+    arguments = (x, tiles, None, "Q8_0", 512, linear.kernel().level)
+    found = measured(torch.ops.satchel.tiled_linear, *arguments)
+    assert found > 3 * x[..., 0].numel() * 512
+    assert seen(torch.ops.satchel.tiled_linear, *arguments) == pytest.approx(found, abs=1 << 14)
 
 
 def test_a_kernel_takes_nothing_beside_its_arguments():
