@@ -144,8 +144,9 @@ class Bench:
         settings = PLAIN | {"optimizer": optimizer, "lr": lr, "seed": 0, "steps": min(TIMED, self.length(job))}
         home = self.folder(job) / order(self.length(job), 0)
         timed = self.folder(job) / "timed"
-        found = once(timed, "bench._tune_satchel", settings, PATIENCE_S, number, work=str(home))
-        self.note({"job": job.name, "optimizer": optimizer, "lr": lr, "timing": number} | found)
+        found = once(timed, "bench._tune_satchel", settings, PATIENCE_S, number, fresh=self.fresh, work=str(home))
+        if self.fresh or "error" not in found:
+            self.note({"job": job.name, "optimizer": optimizer, "lr": lr, "timing": number} | found)
 
     def note(self, line: dict[str, Any]) -> dict[str, Any]:
         """Keep a run for the report, and say so."""
@@ -353,7 +354,7 @@ def train(bench: Bench, jobs: list[Job], seeds: list[int], asked: argparse.Names
             if (job, name) not in rates:
                 rates[job, name] = bench.best_rate(job, name, asked.sweep)
             bench.run(job, name, rates[job, name], seed)
-    for number, (job, name) in enumerate(interleave(rates, asked.timings if bench.fresh else 0)):
+    for number, (job, name) in enumerate(interleave(rates, asked.timings)):
         bench.time(job, name, rates[job, name], number // len(rates))
 
 

@@ -40,8 +40,15 @@ def _budget(rows: Rows) -> str:
 
 
 def _checkpoint(rows: Rows) -> str:
-    shares = [row["of the blocking one's"] for row in rows if row["way"] == "datastates" and "checkpoint, MiB" in row]
-    return f"a lazy checkpoint costs {_span(shares)} of what a blocking one does"
+    said = []
+    for job in dict.fromkeys(row["job"] for row in rows):
+        known = [row for row in rows if row["job"] == job and "checkpoint, MiB" in row]
+        blocking = {row["disk"]: row["of it waiting, s"] for row in known if row["way"] == "blocking"}
+        lazy = [row for row in known if row["way"] == "datastates" and blocking.get(row["disk"])]
+        waits = _span(round(row["of it waiting, s"] / blocking[row["disk"]], 3) for row in lazy)
+        costs = _span(row["of the blocking one's"] for row in lazy)
+        said.append(f"{job}: waits {waits}, costs {costs}")
+    return f"a lazy checkpoint over a blocking one, {'; '.join(said)}"
 
 
 def _company(rows: Rows) -> str:

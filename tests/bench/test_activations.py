@@ -64,7 +64,7 @@ def test_the_table_has_a_row_for_each_policy_also_where_a_run_failed():
         {"policy": "none", "1.00 GiB": ran, "4.00 GiB": {}},
         {
             "policy": "lemo",
-            "1.00 GiB": {"context": 64, "error": "no memory"},
+            "1.00 GiB": {"context": 64, "predicted_s": 2.0, "error": "no memory"},
             "4.00 GiB": ran | {"tokens_per_second": None},
         },
     ]
@@ -74,7 +74,7 @@ def test_the_table_has_a_row_for_each_policy_also_where_a_run_failed():
     first, second = activations.table(rows, [1 << 30, 4 << 30], lossy)
     assert (first["tokens/s, 1.00 GiB"], first["longest context, 4.00 GiB"]) == (100, "does not fit")
     assert (second["peak, 1.00 GiB"], second["held-out loss ratio"]) == ("failed", "1.0500")
-    assert (first["tensors rehearsed, 1.00 GiB"], second["tokens/s, 4.00 GiB"]) == ("-1.0%", "-")
+    assert (first["tensors rehearsed, 1.00 GiB"], second["tokens/s, 4.00 GiB"]) == ("-1.0%", "256 predicted")
     assert first.keys() == second.keys() and json.dumps([first, second])
     said = headline("activations", [first, second])
     assert said == "longest context, 1.00 GiB none 512, lemo 64; longest context, 4.00 GiB none does not fit, lemo 512"
