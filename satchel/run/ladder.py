@@ -6,7 +6,8 @@
 3. On top of the lightest of these, approximate methods, in every form that a bench measured, in the order of the
    held-out loss that it found; those without a measurement come behind, the one that changes the peak least first.
    One that could not fit if it saved all of what it is there to save is not tried. Until one fits, the lightest stays
-   and the next slot is filled. If nothing fits, the same again with dials at their cheap end.
+   and the next slot is filled; an exact method makes room for them in its own. If nothing fits, the same again with
+   dials at their cheap end.
 4. What was found is improved slot by slot: a change that is not needed after all goes, a method of better measured
    quality comes in its place, and dials are turned, by bisection, to the most neutral value that fits.
 
@@ -120,11 +121,18 @@ class Ladder:
         heavy = {account for account, size in rung.accounts.items() if size >= WORTH * rung.peak_bytes}
         found: list[tuple[tuple, TrainJob]] = []
         for entry in book.entries():
-            free = entry.slot in slots and getattr(job, entry.slot) == DEFAULTS[entry.slot]
+            free = entry.slot in slots and self._free(job, entry.slot, fidelity)
             allowed = entry.slot != "format" or job.adapter != "none"
             if free and allowed and entry.card.fidelity == fidelity:
                 found += self._spelled(job, entry, heavy, cheap)
         return [changed for _, changed in sorted(found, key=lambda item: item[0])]
+
+    def _free(self, job: TrainJob, slot: str, fidelity: str) -> bool:
+        """Whether a slot is the ladder's to fill: at its default, or filled by it exactly where that does not do."""
+        if getattr(job, slot) == DEFAULTS[slot]:
+            return True
+        ours = getattr(self.job, slot) == DEFAULTS[slot]
+        return ours and fidelity == "approx" and _entry(job, slot).card.fidelity == "exact"
 
     def _hopeful(self, job: TrainJob, options: list[TrainJob]) -> Iterator[TrainJob]:
         """The options that would fit if the method that they add saved all of every account that it saves."""
