@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -106,8 +107,8 @@ class Tracker(TorchDispatchMode):
     def _inside(self, func: Any, args: tuple) -> int:
         """Bytes that the body of an operator of ours takes beside fake arguments; a kernel takes none."""
         body = BODIES.get(func)
-        if body is None or body.kernel_takes(*args):
-            return 0
+        if body is None or not isinstance(args[0], FakeTensor) or body.kernel_takes(*args):
+            return 0  # of real arguments it would do its work twice
         key = (func, *(_outline(each) for each in tree_iter(args)))
         if key not in self._bodies:
             self._bodies[key] = _taken(body.run, args)

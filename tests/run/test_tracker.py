@@ -110,6 +110,15 @@ def test_what_the_body_of_our_own_operator_takes_is_what_the_pool_measures(name,
     assert seen(operator, *real) == pytest.approx(found, rel=0.01, abs=TABLE if "8bit" in name else 0)
 
 
+def test_an_operator_does_its_work_once_on_real_arguments(monkeypatch):
+    monkeypatch.setattr(adam, "kernel", lambda: None)
+    (operator, *plain), (_, *watched) = BODIES["adam"](), BODIES["adam"]()
+    operator(*plain)
+    with Tracker():
+        operator(*watched)
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(plain[:3]), tree_leaves(watched[:3]), strict=True))
+
+
 @needs_pool
 @pytest.mark.skipif(linear.kernel() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("shape", [(700, 1024), (350, 2, 1024)])
