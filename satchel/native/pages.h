@@ -149,6 +149,7 @@ struct Span {
       keys[p] = page_of<C>(b, b.keys, pages[p], head);
       values[p] = page_of<C>(b, b.values, pages[p], head);
     }
+    for (int p = this->pages(); p < kPages; ++p) keys[p] = keys[p - 1], values[p] = values[p - 1];  // may be read
   }
   int pages() const { return (count + kPage - 1) / kPage; }
 

@@ -228,7 +228,7 @@ def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap, kv):
 @kvs
 def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window, kv):
     rng = torch.Generator().manual_seed(1)
-    count, dim = 300, 32
+    count, dim = 300, 96
     q, k, v = (torch.randn(count, h, dim, generator=rng).to(dtype) for h in (6, 2, 2))
 
     def run(cuts, company, threads):
