@@ -7,6 +7,7 @@
 
 #include "attention_amx.h"
 #include "attention_dots.h"
+#include "attention_parts.h"
 
 namespace {
 
@@ -25,17 +26,23 @@ struct TileRows {
   std::vector<Sight> sights;
   std::vector<Line> q;             // [R][E / 32] tiles
   std::vector<Line> keys, values;  // of a span, as in pairs.h
-  std::vector<float> out, top, sum;  // [R * 16][E], features as `pair_tokens` parts them; [R * 16]
+  std::vector<float> states;
+  State state;  // features as `pair_tokens` parts them
   alignas(64) float scores[kRows * kSpan];
   alignas(64) uint16_t shares[kRows * kSpan];  // [4] tiles
+
+  Tiles tiles() const { return Tiles(true, count); }
 };
 
 inline uint16_t* halves(std::vector<Line>& lines) { return lines[0].halves; }
 inline __m512 m512(Vector x) { return reinterpret_cast<__m512>(x); }
 
-inline void gather(const Batch& b, const Task& task, TileRows& rows) {
-  const int tiles = (rows.count + kRows - 1) / kRows;
-  rows.q.assign(int64_t{tiles} * rows.blocks * kRows, Line{});
+template <typename T>
+void gather(const Batch& b, const Task& task, TileRows& rows) {
+  rows.blocks = b.dim / kBlock;
+  rows.keys.resize(int64_t{kPages} * rows.blocks * kRows);
+  rows.values.resize(int64_t{kPages} * rows.blocks * kRows);
+  rows.q.assign(int64_t{padded(rows.count)} * rows.blocks, Line{});
   for (int r = 0; r < rows.count; ++r) {
     const auto* q = static_cast<const uint16_t*>(b.q) + (task.row + r / rows.group) * b.q_row +
                     (int64_t{task.head} * rows.group + r % rows.group) * b.dim;
@@ -47,12 +54,11 @@ inline void gather(const Batch& b, const Task& task, TileRows& rows) {
 // The scores of a row, capped and hidden where it may not look; gives the largest of them, scaled.
 template <typename C>
 float look_over(const Batch& b, const Sight& sight, const Span<C>& span, float factor, Vector* scores) {
-  const bool all_seen = sight.oldest <= span.start && sight.limit >= span.start + span.count;
   const int pages = span.pages();
   for (int p = 0; p < pages; ++p) scores[p] = span.scaled(p, scores[p]);
   if (b.cap > 0)
     for (int p = 0; p < pages; ++p) scores[p] = capped(scores[p] * b.scale, b.cap);
-  if (!all_seen || span.count % kPage)
+  if (!span.seen_by(sight))
     for (int p = 0; p < pages; ++p) scores[p] = hidden(sight, span.start + p * kPage) ? all(kNever) : scores[p];
   Vector top = scores[0];
   for (int p = 1; p < pages; ++p) top = scores[p] > top ? scores[p] : top;
@@ -100,16 +106,16 @@ void span_tile(const Batch& b, const Span<C>& span, const Keys& keys, const Valu
   for (int r = 0; r < count; ++r) {
     auto* scores = reinterpret_cast<Vector*>(rows.scores + r * kSpan);
     const Sight& sight = rows.sights[(first + r) / rows.group];
-    top[r] = std::max(rows.top[first + r], look_over(b, sight, span, factor, scores));
+    top[r] = std::max(rows.state.top[first + r], look_over(b, sight, span, factor, scores));
   }
-  auto& before = reinterpret_cast<Vector&>(rows.top[first]);
+  auto& before = reinterpret_cast<Vector&>(rows.state.top[first]);
   const Vector keep = two_to(before - reinterpret_cast<Vector&>(top));
   before = reinterpret_cast<Vector&>(top);
-  float* out = rows.out.data() + int64_t{first} * b.dim;
+  float* out = rows.state.out + int64_t{first} * b.dim;
   for (int r = 0; r < count; ++r) {
     const auto* scores = reinterpret_cast<const Vector*>(rows.scores + r * kSpan);
     const float sum = share_out(span, scores, factor, top[r], rows.shares + r * kBlock);
-    rows.sum[first + r] = rows.sum[first + r] * keep[r] + sum;
+    rows.state.sum[first + r] = rows.state.sum[first + r] * keep[r] + sum;
     for (int e = 0; e < b.dim; e += kLanes) reinterpret_cast<Vector&>(out[r * b.dim + e]) *= keep[r];
   }
   mix_tile(rows.shares, values, b.dim, count, whole_blocks(pages), out);
@@ -117,7 +123,9 @@ void span_tile(const Batch& b, const Span<C>& span, const Keys& keys, const Valu
 
 // All rows look at a span: a few at its pages, many at tiles that are made of these once.
 template <typename C>
-void look_at(const Batch& b, const Span<C>& span, const PageKeys<C>& keys, const PageValues<C>& values, TileRows& rows) {
+void look_at(const Batch& b, const Span<C>& span, const Span<C>& next, TileRows& rows) {
+  const PageKeys<C> keys{span, next};
+  const PageValues<C> values{span, next};
 #if !defined(SATCHEL_AMX)
   if (rows.count <= kFewQueries) return span_tile(b, span, keys, values, 0, rows);
 #endif
@@ -126,16 +134,18 @@ void look_at(const Batch& b, const Span<C>& span, const PageKeys<C>& keys, const
   for (int first = 0; first < rows.count; first += kRows) span_tile(b, span, many_keys, many_values, first, rows);
 }
 
-template <typename C>
-void finish(const Batch& b, const Task& task, const TileRows& rows) {
+inline Vector power(Vector x, const TileRows&) { return two_to(x); }
+
+template <typename T, typename C>
+void finish(const Batch& b, const Task& task, const TileRows& rows, const State& found) {
   for (int r = 0; r < rows.count; ++r) {
     Half* out = static_cast<Half*>(b.out) + ((task.row + r / rows.group) * int64_t{b.heads} + task.head * rows.group +
                                             r % rows.group) * b.dim;
-    const float* sums = rows.out.data() + int64_t{r} * b.dim;
+    const float* sums = found.out + int64_t{r} * b.dim;
     for (int e = 0; e < b.dim; e += kBlock) {
       __m512 two[2] = {_mm512_loadu_ps(sums + e), _mm512_loadu_ps(sums + e + kRows)};
       if constexpr (!kCoded<C>) in_order(two[0], two[1], two);
-      for (int i = 0; i < 2; ++i) narrow16(reinterpret_cast<Vector>(two[i]) / rows.sum[r], out + e + i * kLanes);
+      for (int i = 0; i < 2; ++i) narrow16(reinterpret_cast<Vector>(two[i]) / found.sum[r], out + e + i * kLanes);
     }
   }
 }
@@ -145,38 +155,14 @@ bool by_tiles(const Batch& b) {
   return std::is_same_v<T, Half> && b.dim % kBlock == 0 && may_attend_by_tiles();
 }
 
-template <typename C>
-void look_by_tiles(const Batch& b, const Task& task) {
-  thread_local TileRows rows;
-  rows.group = b.heads / b.kv_heads;
-  rows.count = task.tokens * rows.group;
-  rows.blocks = b.dim / kBlock;
-  const int64_t padded = (rows.count + kRows - 1) / kRows * kRows;
-  rows.out.assign(padded * b.dim, 0.0f);
-  rows.top.assign(padded, kNever);
-  rows.sum.assign(padded, 0.0f);
-  rows.keys.resize(int64_t{kPages} * rows.blocks * kRows);
-  rows.values.resize(int64_t{kPages} * rows.blocks * kRows);
-  gather(b, task, rows);
-  const Reach reach = reach_of(b, task, rows.sights);
-  const Tiles configured(true, rows.count);
-  for (int start = reach.oldest / kSpan * kSpan; start < reach.stop; start += kSpan) {
-    const Span<C> span(b, task.sequence, task.head, start, reach.stop);
-    const Span<C> next(b, task.sequence, task.head, std::min(start + kSpan, (reach.stop - 1) / kSpan * kSpan), reach.stop);
-    look_at(b, span, PageKeys<C>{span, next}, PageValues<C>{span, next}, rows);
-  }
-  finish<C>(b, task, rows);
-}
-
 #else
 
 constexpr int kTileQueries = 0;
+struct TileRows;
 template <typename T>
 bool by_tiles(const Batch&) {
   return false;
 }
-template <typename C>
-void look_by_tiles(const Batch&, const Task&) {}
 
 #endif
 

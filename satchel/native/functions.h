@@ -1,4 +1,4 @@
-// Functions of 16 floats at once, each to a few units in the last place.
+// Functions of some floats at once, a Vector or a Pack, each to a few units in the last place.
 
 #pragma once
 
@@ -8,30 +8,32 @@ namespace {
 
 inline Vector all(float x) { return Vector{} + x; }
 
-inline float largest(Vector x) {
-  for (int half = kLanes / 2; half; half /= 2)
+template <typename V>
+float largest(V x) {
+  for (int half = sizeof(V) / sizeof(float) / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) x[i] = std::max(x[i], x[i + half]);
   return x[0];
 }
 
 // e to the x for x <= 0, to 2 units in the last place; 0 below -87.
-inline Vector exponential(Vector x) {
-  const Vector low = all(-87.0f);
-  const Ints gone = x < low;
+template <typename V>
+V exponential(V x) {
+  const V low = V{} - 87.0f;
+  const auto gone = x < low;
   x = gone ? low : x;
-  const Vector turns = x * 1.44269504f - 0.5f;
-  const Ints whole = __builtin_convertvector(turns, Ints);  // towards zero: up, since turns are negative
-  const Vector n = __builtin_convertvector(whole, Vector);
-  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = all(1.9875691500e-4f);
+  const V turns = x * 1.44269504f - 0.5f;
+  const auto whole = __builtin_convertvector(turns, decltype(x < low));  // towards zero: up, since turns are negative
+  const V n = __builtin_convertvector(whole, V);
+  const V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V y = V{} + 1.9875691500e-4f;
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  const Vector power = reinterpret_cast<Vector>((whole + 127) << 23);
-  return gone ? Vector{} : y * power;
+  const V power = reinterpret_cast<V>((whole + 127) << 23);
+  return gone ? V{} : y * power;
 }
 
 // The natural logarithm of normal x > 0, to 2 units in the last place, also next to 1.
@@ -56,14 +58,16 @@ inline Vector logarithm(Vector x) {
   return m + y + e * 0.693359375f;
 }
 
-inline Vector magnitude(Vector x) {
-  return reinterpret_cast<Vector>(reinterpret_cast<Ints>(x) & 0x7FFFFFFF);
+template <typename V>
+V magnitude(V x) {
+  return reinterpret_cast<V>(reinterpret_cast<decltype(x < x)>(x) & 0x7FFFFFFF);
 }
 
 // 1 / (1 + e to the -x).
-inline Vector sigmoid(Vector x) {
-  const Vector e = exponential(-magnitude(x));
-  return (x < Vector{} ? e : all(1.0f)) / (e + 1.0f);
+template <typename V>
+V sigmoid(V x) {
+  const V e = exponential(-magnitude(x));
+  return (x < V{} ? e : V{} + 1.0f) / (e + 1.0f);
 }
 
 // Half of erfc(x / sqrt 2) for x >= 0: the normal distribution's upper tail, to a relative 2e-7 (a Chebyshev fit).

@@ -8,13 +8,10 @@ template <typename T>
 void run(const Batch& b, int threads) {
   for (int s = 0; s < b.sequences; ++s)
     for (int h = 0; h < b.kv_heads; ++h) store<T>(b, s, h);
-  const std::vector<Task> tasks = tasks_of<T>(b);
+  Plan plan = plan_of<T>(b, threads);
   int64_t cost = 0;
-  for (const Task& task : tasks) cost += task.cost;
-  each(tasks.size(), cost < kWorthThreads ? 1 : threads, [&](int64_t i) {
-    thread_local Rows rows;
-    look<T>(b, tasks[i], rows);
-  });
+  for (const Task& task : plan.tasks) cost += task.cost;
+  each(plan.tasks.size(), cost < kWorthThreads ? 1 : threads, [&](int64_t i) { look<T>(b, plan, plan.tasks[i]); });
 }
 
 }  // namespace

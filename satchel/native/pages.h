@@ -52,6 +52,15 @@ inline Vector widen16(const Code* from) {
   return __builtin_convertvector(__builtin_convertvector(shorts, Ints), Vector);
 }
 
+inline Pack widen_pack(const Code* from) {
+  using Some = int8_t __attribute__((vector_size(kPack)));
+  using Wider = int16_t __attribute__((vector_size(2 * kPack)));
+  using Bits = int32_t __attribute__((vector_size(4 * kPack)));
+  Some some;
+  std::memcpy(&some, from, sizeof some);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(some, Wider), Bits), Pack);
+}
+
 // C: what pages hold, Code or the numbers themselves.
 template <typename C>
 constexpr bool kCoded = std::is_same_v<C, Code>;
@@ -134,7 +143,10 @@ inline Ints hidden(const Sight& sight, int start) {
 }
 
 // cap * tanh(x / cap), with an error of some units in the last place of the cap.
-inline Vector capped(Vector x, float cap) { return cap * (2.0f * sigmoid(x * (2.0f / cap)) - 1.0f); }
+template <typename V>
+V capped(V x, float cap) {
+  return cap * (2.0f * sigmoid(x * (2.0f / cap)) - 1.0f);
+}
 
 // Keys [start, start + count) of a sequence and head, and where their pages begin.
 template <typename C>
@@ -153,6 +165,13 @@ struct Span {
   }
   int pages() const { return (count + kPage - 1) / kPage; }
 
+  // Whether all of it may be seen, and all of its pages are full.
+  bool seen_by(const Sight& sight) const {
+    return sight.oldest <= start && sight.limit >= start + count && count % kPage == 0;
+  }
+
+  const Half* key_scales(int p) const { return scales_of(keys[p], dim); }
+
   // Products with the keys of page p, times what stands before these.
   Vector scaled(int p, Vector score) const {
     if constexpr (kCoded<C>) return score * widen16(scales_of(keys[p], dim));
@@ -164,27 +183,5 @@ struct Span {
     return share;
   }
 };
-
-// The work of a batch: queries of some tokens of a sequence that read one key head.
-struct Task {
-  int sequence, head, row, tokens;
-  int64_t cost;
-};
-
-// The keys that the tokens of a task see lie in [oldest, stop).
-struct Reach {
-  int oldest, stop;
-};
-
-inline Reach reach_of(const Batch& b, const Task& task, std::vector<Sight>& sights) {
-  const int stop = b.past[task.sequence] + task.row - b.first[task.sequence] + task.tokens;
-  int oldest = stop;
-  sights.clear();
-  for (int row = task.row; row < task.row + task.tokens; ++row) {
-    sights.push_back(sight_of(b, row));
-    oldest = std::min(oldest, sights.back().oldest);
-  }
-  return {oldest, stop};
-}
 
 }  // namespace

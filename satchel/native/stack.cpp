@@ -76,6 +76,7 @@ struct Work {
   Arena arena;
   Team team;
   std::atomic<int> next{0};
+  Plan plan;  // of a layer's attention
 
   explicit Work(const Call& call) : c(call), arena{call.room} {
     tiles = by_tiles(c.rows, c.bf16);
@@ -196,9 +197,13 @@ class Worker {
       });
       to += m->outputs;
     }
-    if (me == 0) w.next.store(0, std::memory_order_relaxed);
+    const Batch b = batch(l, index);
+    if (me == 0) {
+      w.next.store(0, std::memory_order_relaxed);
+      w.plan = plan_of<T>(b, w.team.size);
+    }
     w.team.meet();
-    attend(l, index);
+    attend(l, b);
     w.team.meet();
     const Input found = inputs(w.mixed, [&](int r) {
       for (int i = 0; i < w.mixed; ++i) row[i] = widen(w.seen[int64_t{r} * w.mixed + i]);
@@ -315,19 +320,17 @@ class Worker {
     return b;
   }
 
-  void attend(const Layer& l, int index) {
-    const Batch b = batch(l, index);
-    const std::vector<Task> tasks = tasks_of<T>(b);
+  void attend(const Layer& l, const Batch& b) {
+    const std::vector<Task>& tasks = w.plan.tasks;
     const bool whole = static_cast<int>(tasks.size()) == c.sequences * c.kv_heads;  // a task has all new tokens
     if (!whole) {
       const auto [first, last] = share(c.sequences * c.kv_heads, me, w.team.size);
       for (int i = first; i < last; ++i) place(l, b, i / c.kv_heads, i % c.kv_heads);
       w.team.meet();
     }
-    thread_local Rows rows;
     for (int i; (i = w.next.fetch_add(1)) < static_cast<int>(tasks.size());) {
       if (whole) place(l, b, tasks[i].sequence, tasks[i].head);
-      look<T>(b, tasks[i], rows);
+      look<T>(b, w.plan, tasks[i]);
     }
   }
 

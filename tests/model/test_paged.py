@@ -224,16 +224,16 @@ def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap, kv):
 
 @pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize("window", [0, 700])
 @kvs
 def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window, kv):
     rng = torch.Generator().manual_seed(1)
-    count, dim = 300, 96
+    count, dim = 1100, 96  # keys of three chunks
     q, k, v = (torch.randn(count, h, dim, generator=rng).to(dtype) for h in (6, 2, 2))
 
     def run(cuts, company, threads):
-        data, outs, at = empty(60, 2, dim, dtype, kv), [], 0
-        table = torch.randperm(30, generator=rng).to(torch.int32)
+        data, outs, at = empty(80, 2, dim, dtype, kv), [], 0
+        table = torch.randperm(75, generator=rng).to(torch.int32)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         for cut in cuts:
@@ -241,7 +241,7 @@ def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window
             others = [torch.randn(3, t.shape[1], dim, generator=rng).to(dtype) for t in mine] if company else []
             shaped = [torch.cat([t, other]) for t, other in zip(mine, others, strict=True)] if company else mine
             used = -(-(at + cut) // PAGE)
-            pages = torch.cat([table[:used], torch.tensor([40], dtype=torch.int32)])
+            pages = torch.cat([table[:used], torch.tensor([78], dtype=torch.int32)])
             bounds = torch.tensor([[0, used], [0, cut], [at, 0], [cut, cut + 3]], dtype=torch.int32)
             bounds = bounds if company else bounds[:, :1].contiguous()
             stretches = [Stretch((), at, cut), Stretch((), 0, 3)][: bounds.shape[1]]
@@ -251,10 +251,10 @@ def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window
         torch.set_num_threads(before)
         return torch.cat(outs)
 
-    whole = run([300], False, 1)
-    assert torch.equal(run([300], True, 2), whole)
-    assert torch.equal(run([1] * 300, False, 1), whole)
-    assert torch.equal(run([17, 100, 3, 128, 52], True, 3), whole)
+    whole = run([count], False, 1)
+    assert torch.equal(run([count], True, 2), whole)
+    assert torch.equal(run([1] * count, False, 2), whole)
+    assert torch.equal(run([17, 500, 3, 128, 152, 299, 1], True, 3), whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -203,14 +203,15 @@ def test_a_tree_of_guesses_is_that_of_the_blocks(sources, family):
     assert close(found[:1], found[1:], EIGHT_BITS)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_the_number_of_threads_changes_nothing(sources, rows):
-    model, threads = loaded(sources["llama"]), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 40, 1100])  # the keys of the last come in chunks, which threads share
+def test_the_number_of_threads_changes_nothing(sources, rows, dtype):
+    model, threads = loaded(sources["llama"], dtype), torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(steps(model, ((rows, 1), (1, 1))))
+            found.append(steps(model, ((rows, 1), (1, 1), (1, 0))))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
     finally:
         torch.set_num_threads(threads)
