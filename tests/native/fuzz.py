@@ -62,8 +62,8 @@ def products(rng):
 
 def attention(rng):
     dtype, kv_heads, dim = rng.choice(DTYPES), rng.randrange(1, 4), rng.choice((rng.randrange(1, 70), 32, 64, 96, 128))
-    heads = kv_heads * rng.randrange(1, 4)
-    past = [rng.choice((0, 1, 15, 16, 130, 300)) for _ in range(rng.randrange(1, 5))]
+    heads = kv_heads * rng.choice((1, 2, 3, 9))
+    past = [rng.choice((0, 1, 15, 16, 130, 300, 700)) for _ in range(rng.randrange(1, 5))]
     new = [rng.choice((1, 1, 2, 17, 40)) for _ in past]
     sizes = [-(-(p + n) // PAGE) for p, n in zip(past, new, strict=True)]
     first, table = ([0, *accumulate(counts)] for counts in (new, sizes))
