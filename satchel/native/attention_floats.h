@@ -23,7 +23,7 @@ struct Rows {
 
 // Asks for a page that is read soon: pages lie far from each other.
 template <typename C>
-void look_ahead(const C* page, int dim) {
+void ask_for(const C* page, int dim) {
   for (int i = 0; i < kPage * dim; i += 64 / sizeof(C)) __builtin_prefetch(page + i);
 }
 
@@ -51,7 +51,7 @@ void mix_some(const Batch& b, float* out, int e, const float* weight, const floa
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) sum[r][w] = widen_pack(out + r * b.dim + e + w * kPack) * keep[r];
   for (int t = 0; t < span.count; ++t) {
-    if (next && t % kPage == 0) look_ahead(next->values[t / kPage], b.dim);
+    if (next && t % kPage == 0) ask_for(next->values[t / kPage], b.dim);
     const C* value = span.values[t / kPage] + t % kPage * b.dim + e;
     for (int w = 0; w < W; ++w) {
       const Pack v = widen_pack(value + w * kPack);
@@ -117,7 +117,7 @@ void look(const Batch& b, const Span<C>& span, const Span<C>& next, int row, Row
   alignas(64) Pack s[R][kSpan / kPack];
   int pack = 0;
   for (int page = 0; page < span.pages(); ++page) {
-    if (row == 0) look_ahead(next.keys[page], b.dim);
+    if (row == 0) ask_for(next.keys[page], b.dim);
     for (; pack + 2 <= (page + 1) * kPacks; pack += 2) score<C, R, 2>(b, rows, row, span, pack, s);
   }
   if (pack < span.pages() * kPacks) score<C, R, 1>(b, rows, row, span, pack, s);
