@@ -28,7 +28,7 @@ void work_on(const Batch& b, Plan& plan, const Task& task) {
   begin(total, rows.count, b.dim);
   gather<T>(b, task, rows);
   const Reach reach = reach_of(b, task, rows.sights);
-  const auto tiles = rows.tiles();
+  [[maybe_unused]] const auto tiles = rows.tiles();
   for (int chunk = shared ? task.first : reach.first(); chunk < (shared ? task.last : reach.last()); ++chunk) {
     rows.state = shared ? plan.state(task, chunk, rows.count, b.dim) : own;
     begin(rows.state, rows.count, b.dim);
@@ -62,9 +62,9 @@ void look(const Batch& b, Plan& plan, const Task& task) {
 }
 
 template <typename T>
-Plan plan_of(const Batch& b, int threads) {
+void make(Plan& plan, const Batch& b, int threads) {
   const int group = b.heads / b.kv_heads;
-  return plan_of(b, by_tiles<T>(b) ? std::max(1, kTileQueries / group) : kQueries, threads);
+  make(plan, b, by_tiles<T>(b) ? std::max(1, kTileQueries / group) : kQueries, threads);
 }
 
 }  // namespace

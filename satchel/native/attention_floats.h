@@ -85,7 +85,10 @@ template <typename C>
 float look_over(const Batch& b, const Sight& sight, const Span<C>& span, Pack* scores) {
   const int packs = span.pages() * kPacks;
   if constexpr (kCoded<C>)
-    for (int p = 0; p < packs; ++p) scores[p] *= widen_pack(span.key_scales(p / kPacks) + p % kPacks * kPack);
+    for (int p = 0; p < span.pages(); ++p) {
+      auto& page = reinterpret_cast<Vector&>(scores[p * kPacks]);
+      page = span.scaled(p, page);
+    }
   if (b.cap > 0)
     for (int p = 0; p < packs; ++p) scores[p] = capped(scores[p], b.cap);
   if (!span.seen_by(sight))

@@ -86,7 +86,8 @@ struct Shared {
 struct Plan {
   std::vector<Task> tasks;  // the longest come first
   std::vector<Shared> shared;
-  std::vector<float> states;
+  std::vector<float> states;  // only grow: a long past has millions, and fresh memory for each layer would cost more
+  bool whole;                 // whether a task has all new tokens of its sequence, and all of the keys
 
   State state(const Task& task, int chunk, int rows, int dim) {
     const Shared& s = shared[task.shared];
@@ -98,14 +99,17 @@ struct Plan {
 };
 
 // Tasks of up to `most` tokens; too few for the threads are cut into chunks.
-inline Plan plan_of(const Batch& b, int most, int threads) {
+inline void make(Plan& plan, const Batch& b, int most, int threads) {
   const int group = b.heads / b.kv_heads;
-  Plan plan;
+  plan.tasks.clear();
+  plan.shared.clear();
+  plan.whole = true;
   std::vector<Task> whole;
   for (int s = 0; s < b.sequences; ++s)
     for (int h = 0; h < b.kv_heads; ++h)
       for (int row = b.first[s]; row < b.first[s + 1]; row += most) {
         const int tokens = std::min(most, b.first[s + 1] - row);
+        if (tokens < b.first[s + 1] - b.first[s]) plan.whole = false;
         const int64_t keys = b.past[s] + row - b.first[s] + tokens;
         whole.push_back({s, h, row, tokens, keys * tokens * group * b.dim});
       }
@@ -117,6 +121,7 @@ inline Plan plan_of(const Batch& b, int most, int threads) {
     const Reach reach = wanted > 1 ? reach_of(b, task, sights) : Reach{0, 1};
     const int chunks = reach.last() - reach.first(), parts = std::min(wanted, chunks);
     if (parts > 1) {
+      plan.whole = false;
       const int64_t size = floats_of(task.tokens * group, b.dim);
       task.shared = static_cast<int>(plan.shared.size());
       plan.shared.push_back({reach.first(), reach.last(), floats, size, parts});
@@ -129,9 +134,8 @@ inline Plan plan_of(const Batch& b, int most, int threads) {
       plan.tasks.push_back(task);
     }
   }
-  plan.states.resize(floats);
+  if (static_cast<int64_t>(plan.states.size()) < floats) plan.states.resize(floats);
   std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const Task& a, const Task& c) { return a.cost > c.cost; });
-  return plan;
 }
 
 }  // namespace

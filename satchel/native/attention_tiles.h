@@ -158,7 +158,6 @@ bool by_tiles(const Batch& b) {
 #else
 
 constexpr int kTileQueries = 0;
-struct TileRows;
 template <typename T>
 bool by_tiles(const Batch&) {
   return false;

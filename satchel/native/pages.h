@@ -170,8 +170,6 @@ struct Span {
     return sight.oldest <= start && sight.limit >= start + count && count % kPage == 0;
   }
 
-  const Half* key_scales(int p) const { return scales_of(keys[p], dim); }
-
   // Products with the keys of page p, times what stands before these.
   Vector scaled(int p, Vector score) const {
     if constexpr (kCoded<C>) return score * widen16(scales_of(keys[p], dim));

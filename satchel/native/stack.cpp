@@ -76,9 +76,9 @@ struct Work {
   Arena arena;
   Team team;
   std::atomic<int> next{0};
-  Plan plan;  // of a layer's attention
+  Plan& plan;  // of a layer's attention
 
-  explicit Work(const Call& call) : c(call), arena{call.room} {
+  Work(const Call& call, Plan& plan) : c(call), arena{call.room}, plan(plan) {
     tiles = by_tiles(c.rows, c.bf16);
     as_half = as_halves(c.rows, c.bf16);
     alone = c.rows <= kAlone;
@@ -200,7 +200,7 @@ class Worker {
     const Batch b = batch(l, index);
     if (me == 0) {
       w.next.store(0, std::memory_order_relaxed);
-      w.plan = plan_of<T>(b, w.team.size);
+      make<T>(w.plan, b, w.team.size);
     }
     w.team.meet();
     attend(l, b);
@@ -322,14 +322,13 @@ class Worker {
 
   void attend(const Layer& l, const Batch& b) {
     const std::vector<Task>& tasks = w.plan.tasks;
-    const bool whole = static_cast<int>(tasks.size()) == c.sequences * c.kv_heads;  // a task has all new tokens
-    if (!whole) {
+    if (!w.plan.whole) {
       const auto [first, last] = share(c.sequences * c.kv_heads, me, w.team.size);
       for (int i = first; i < last; ++i) place(l, b, i / c.kv_heads, i % c.kv_heads);
       w.team.meet();
     }
     for (int i; (i = w.next.fetch_add(1)) < static_cast<int>(tasks.size());) {
-      if (whole) place(l, b, tasks[i].sequence, tasks[i].head);
+      if (w.plan.whole) place(l, b, tasks[i].sequence, tasks[i].head);
       look<T>(b, w.plan, tasks[i]);
     }
   }
@@ -363,7 +362,8 @@ class Worker {
 
 template <typename T>
 void run(const Call& c) {
-  Work<T> work(c);
+  thread_local Plan plan;
+  Work<T> work(c, plan);
   work.team.run(c.threads, [&](int me) { Worker<T>(work, me).run(); });
 }
 
@@ -383,6 +383,7 @@ int satchel_stack(const Call* call, int bfloat16) {
 int64_t satchel_stack_room(const Call* call, int bfloat16) {
   Call counted = *call;
   counted.room = nullptr;
-  return bfloat16 ? Work<Half>(counted).arena.used : Work<float>(counted).arena.used;
+  Plan plan;
+  return bfloat16 ? Work<Half>(counted, plan).arena.used : Work<float>(counted, plan).arena.used;
 }
 }
