@@ -226,6 +226,18 @@ def test_every_level_gives_the_same(monkeypatch, level, dtype, window, cap, kv):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 700])
 @kvs
+def test_keys_of_several_chunks_are_all_seen_once(monkeypatch, dtype, window, kv):
+    monkeypatch.setitem(globals(), "PASTS", (0, 37, 1300, 5, 600))
+    shaped, data, pages_M, bounds, pasts = problem(dtype, 9, 3, 64, kv=kv)
+    shaped[0][22] *= 8  # its highest scores lie in any of the chunks
+    out = attended("native", shaped, data, pages_M, bounds, window, kv=kv)
+    assert same(out, plainly(*shaped, pasts, window, 0.0, kv=kv).to(dtype))
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 700])
+@kvs
 def test_the_kernels_bits_do_not_depend_on_company_cuts_or_threads(dtype, window, kv):
     rng = torch.Generator().manual_seed(1)
     count, dim = 1100, 96  # keys of three chunks
